@@ -1,0 +1,70 @@
+"""A background-task queue inside your Django project's own database.
+
+Follow one task by opening, in order: ``decorators`` (what a user writes), ``enqueue``
+(the row), ``models``, ``consumer`` (the loop), ``lifecycle`` (claim and settle),
+``executors`` (the call), ``transactions`` (its transaction).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attempts import current_task
+    from .consumer import Consumer
+    from .decorators import AsyncTask, Task, atask, task
+    from .exceptions import (
+        AsyncFuncNotSupportedException,
+        BadSignature,
+        Cancel,
+        LeaseLost,
+        PayloadError,
+        PayloadTooLargeError,
+        Retry,
+        Snooze,
+        SyncFuncNotSupportedException,
+        TaskNotFoundError,
+    )
+    from .models import ConsumerModel, TaskAttempt, TaskModel
+    from .retries import Exponential, Fixed, RandomDelay, RetryStrategy
+    from .states import Status
+    from .utils import task_as_dict
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "attempts": ("current_task",),
+    "consumer": ("Consumer",),
+    "decorators": ("AsyncTask", "Task", "atask", "task"),
+    "exceptions": (
+        "AsyncFuncNotSupportedException",
+        "BadSignature",
+        "Cancel",
+        "LeaseLost",
+        "PayloadError",
+        "PayloadTooLargeError",
+        "Retry",
+        "Snooze",
+        "SyncFuncNotSupportedException",
+        "TaskNotFoundError",
+    ),
+    "models": ("ConsumerModel", "TaskAttempt", "TaskModel"),
+    "retries": ("Exponential", "Fixed", "RandomDelay", "RetryStrategy"),
+    "states": ("Status",),
+    "utils": ("task_as_dict",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604 - the table above is the list
+    "__version__",
+    *_HOME_OF,
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, because models may only be imported once the app registry is ready.
+    if name in _HOME_OF:
+        return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

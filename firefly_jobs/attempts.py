@@ -1,0 +1,343 @@
+"""One attempt at a task: the claim that starts it, the outcome that ends it.
+
+A consumer turns a :class:`Claim` into an :class:`Outcome`; :func:`decide` says what that
+means for the row, as a :class:`Settlement`; ``lifecycle`` writes it.  Everything here is
+a value, and ``decide`` is a pure function, so every rule about retries, snoozes and
+losses can be read, and tested, without a database.
+"""
+
+from __future__ import annotations
+
+import traceback as traceback_module
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+
+from .exceptions import Cancel, ConsumerLost, Retry, Snooze
+from .retries import Fixed, RetryStrategy, fraction
+from .states import Status
+
+if TYPE_CHECKING:
+    from .decorators import BaseTask
+
+ERROR_LENGTH_MAX = 2_000
+TRACEBACK_LENGTH_MAX = 50_000
+LOST_DELAY_SECONDS = 0.2
+
+# From this many losses on a task runs alone, so that the next loss is its own.
+ALONE_AFTER_RESCUES = 2
+
+_Default = TypeVar("_Default")
+
+
+class Claim(NamedTuple):
+    """A row as the consumer that claimed it holds it.
+
+    A named tuple, not a dataclass: claims are made by the hundred straight from
+    database rows, and this is the one value whose making shows in a profile.
+    """
+
+    id: int
+    fence: int
+    func_name: str
+    queue: str
+    priority: int
+    run_at: Any  # as the driver gives it: compared and handed back, never computed with
+    raw_params: str
+    retry_attempts: int
+    max_retries: int
+    retry_delay: int
+    retry: str | None
+    rescues: int
+    lost_alone: int
+
+    @property
+    def attempt(self) -> int:
+        """Number of this attempt, counted from 1; a rescue or a snooze does not raise it."""
+        return self.retry_attempts + 1
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether this task was lost so often that it must not share a process."""
+        return self.rescues >= ALONE_AFTER_RESCUES
+
+    def strategy(self) -> RetryStrategy:
+        """Return the row's retry strategy; its two columns where it carries none."""
+        if self.retry:
+            return RetryStrategy.from_json(self.retry)
+        return Fixed(self.max_retries, self.retry_delay)
+
+
+class Ended(StrEnum):
+    """How an attempt ended; the ``outcome`` of a ``TaskAttempt``."""
+
+    COMPLETED = "completed"
+    RETRIED = "retried"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SNOOZED = "snoozed"
+    LOST = "lost"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What happened when a claim was executed.
+
+    Attributes:
+        returned: The stored result, if the call returned.
+        error: What it raised, if it did.
+        is_lost: Whether ``error`` came from the database or the machine and says
+            nothing about the task.
+        is_interrupted: Whether our own shutdown ended it.
+        duration: Seconds from the start of the call to its end.
+    """
+
+    claim: Claim
+    duration: float
+    returned: str | None = None
+    error: BaseException | None = None
+    is_lost: bool = False
+    is_interrupted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What an outcome means for the row.
+
+    Attributes:
+        delay_seconds: If the row goes back to ``created``: when it is due again,
+            counted from the database's clock; ``None`` leaves ``not_before`` alone.
+        retries / rescues / losses_alone: What the counters grow by.
+        error: One line for the row; ``None`` leaves the former one.
+    """
+
+    claim: Claim
+    ended: Ended
+    status: Status
+    duration: float
+    returned: str | None = None
+    delay_seconds: float | None = None
+    retries: int = 0
+    rescues: int = 0
+    losses_alone: int = 0
+    error: str | None = None
+    traceback: str = ""
+
+
+def decide(outcome: Outcome, *, max_rescues: int) -> Settlement:
+    """Return what ``outcome`` means for its row.
+
+    Args:
+        outcome: How the attempt ended.
+        max_rescues: Losses that a task survives (``FIREFLY_JOBS["MAX_RESCUES"]``).
+    """
+    error = outcome.error
+    if outcome.is_interrupted:
+        return _settle(outcome, Ended.RELEASED, Status.CREATED)
+    if error is None:
+        return _settle(outcome, Ended.COMPLETED, Status.COMPLETED, returned=outcome.returned)
+    if outcome.is_lost:
+        return _decide_lost(outcome, max_rescues)
+    if isinstance(error, Cancel):
+        return _settle(outcome, Ended.CANCELLED, Status.CANCELLED, error=str(error))
+    if isinstance(error, Snooze):
+        return _settle(
+            outcome, Ended.SNOOZED, Status.CREATED, delay_seconds=error.delay_seconds
+        )
+    return _decide_failed(outcome, error)
+
+
+def decide_rescued(claim: Claim, *, was_alone: bool, consumer: str, max_rescues: int) -> Settlement:
+    """Return what the death of its consumer means for a row.
+
+    Args:
+        claim: The row as the dead consumer held it.
+        was_alone: Whether it was the only row of that consumer.
+        consumer: Name of the dead consumer, for the message.
+        max_rescues: Losses while alone after which the task fails.
+    """
+    # A deploy or a full machine takes innocent tasks with it.  Only a task that was
+    # deliberately run alone, and took its process with it, is to blame.
+    blamed = int(was_alone and claim.runs_alone)
+    event = ConsumerLost(f"Consumer {consumer} disappeared while it ran this task.")
+    if claim.lost_alone + blamed > max_rescues:
+        event = ConsumerLost(
+            f"Consumer {consumer} disappeared while it ran this task, and so did the consumers "
+            f"before it: {claim.lost_alone + blamed} times while nothing else ran. It probably "
+            f"ends its process; see its attempts."
+        )
+        ended, status = Ended.FAILED, Status.FAILED
+    else:
+        ended, status = Ended.LOST, Status.CREATED
+    return Settlement(
+        claim=claim,
+        ended=ended,
+        status=status,
+        duration=0.0,
+        rescues=1,
+        losses_alone=blamed,
+        error=describe(event),
+    )
+
+
+def _decide_lost(outcome: Outcome, max_rescues: int) -> Settlement:
+    claim = outcome.claim
+    if claim.rescues >= max_rescues:
+        return _settle(outcome, Ended.FAILED, Status.FAILED, rescues=1, **_report(outcome))
+    # Short, growing, and different for every task: two that met in a deadlock should
+    # not meet again.
+    delay = LOST_DELAY_SECONDS * 2**claim.rescues * (0.5 + fraction(claim.id, claim.fence))
+    return _settle(
+        outcome, Ended.LOST, Status.CREATED, rescues=1, delay_seconds=delay, **_report(outcome)
+    )
+
+
+def _decide_failed(outcome: Outcome, error: BaseException) -> Settlement:
+    claim = outcome.claim
+    if isinstance(error, Retry) and error.delay_seconds is not None:
+        delay = error.delay_seconds if claim.attempt <= claim.max_retries else None
+    elif isinstance(error, Retry):
+        strategy = claim.strategy()
+        delay = (
+            strategy.pause_seconds(task_id=claim.id, attempt=claim.attempt)
+            if claim.attempt <= strategy.retries_max
+            else None
+        )
+    else:
+        delay = claim.strategy().delay_seconds(
+            task_id=claim.id, attempt=claim.attempt, error=error
+        )
+    if delay is None:
+        return _settle(outcome, Ended.FAILED, Status.FAILED, **_report(outcome))
+    return _settle(
+        outcome, Ended.RETRIED, Status.CREATED, retries=1, delay_seconds=delay, **_report(outcome)
+    )
+
+
+def _settle(outcome: Outcome, ended: Ended, status: Status, **values: Any) -> Settlement:
+    return Settlement(
+        claim=outcome.claim, ended=ended, status=status, duration=outcome.duration, **values
+    )
+
+
+def _report(outcome: Outcome) -> dict[str, str]:
+    error = outcome.error
+    if error is None:
+        return {}
+    try:
+        text = "".join(traceback_module.format_exception(error))
+    except Exception as broken:  # noqa: BLE001 - an exception's own __str__ may raise
+        text = f"{type(error).__name__} (its text raised {type(broken).__name__})"
+    return {"error": describe(error), "traceback": _storable(text[-TRACEBACK_LENGTH_MAX:])}
+
+
+def describe(error: BaseException) -> str:
+    """Return one line about an exception: its class and its message."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception as broken:  # noqa: BLE001 - an exception's own __str__ may raise
+        text = f"{type(error).__name__} (its text raised {type(broken).__name__})"
+    return _storable(text.rstrip(": ")[:ERROR_LENGTH_MAX])
+
+
+def _storable(text: str) -> str:
+    """Return text that every database takes: no NUL characters, no lone surrogates."""
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+# --- the running call's view of itself
+
+
+@dataclass(slots=True, eq=False)
+class TaskContext:
+    """What a running call can ask about itself; see :func:`current_task`.
+
+    Attributes:
+        cache: A dictionary for the length of this attempt.
+    """
+
+    task: BaseTask[Any, Any]
+    _claim: Claim
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    _cache: dict[Any, Any] | None = field(default=None, init=False)
+
+    @property
+    def id(self) -> int:
+        """Primary key of the row."""
+        return self._claim.id
+
+    @property
+    def func_name(self) -> str:
+        """The name the row carries; an alias if the function was moved."""
+        return self._claim.func_name
+
+    @property
+    def queue(self) -> str:
+        """The queue it was claimed from."""
+        return self._claim.queue
+
+    @property
+    def attempt(self) -> int:
+        """Number of this attempt, counted from 1."""
+        return self._claim.attempt
+
+    @property
+    def fence(self) -> int:
+        """How often the row has been claimed; unique per attempt, so usable as a token."""
+        return self._claim.fence
+
+    @property
+    def cache(self) -> dict[Any, Any]:
+        """A dictionary that lives as long as this attempt."""
+        if self._cache is None:
+            self._cache = {}
+        return self._cache
+
+    def cached(self, key: Any, load: Callable[[], Any]) -> Any:
+        """Return ``cache[key]``; call ``load()`` for it the first time."""
+        if key not in self.cache:
+            self.cache[key] = load()
+        return self.cache[key]
+
+
+_current: ContextVar[TaskContext] = ContextVar("firefly_jobs_current_task")
+_REQUIRED: Any = object()
+
+
+@overload
+def current_task() -> TaskContext: ...
+@overload
+def current_task(default: _Default) -> TaskContext | _Default: ...
+def current_task(default: Any = _REQUIRED) -> Any:
+    """Return the context of the running call.
+
+    Args:
+        default: What to return outside of a task.
+
+    Raises:
+        LookupError: Outside of a task, if no ``default`` was given.
+    """
+    if default is not _REQUIRED:
+        return _current.get(default)
+    try:
+        return _current.get()
+    except LookupError:
+        message = (
+            "current_task() was called outside of a running task. Pass a default, "
+            "current_task(None), where code runs in both."
+        )
+        raise LookupError(message) from None
+
+
+def enter_context(context: TaskContext) -> Token[TaskContext]:
+    """Make ``context`` the current one; give the token to :func:`leave_context`."""
+    return _current.set(context)
+
+
+def leave_context(token: Token[TaskContext]) -> None:
+    """Undo :func:`enter_context`."""
+    _current.reset(token)

@@ -1,0 +1,163 @@
+"""Read and validate the one setting, the dictionary ``FIREFLY_JOBS``.
+
+Every key is a field of :class:`Settings`; its default stands there and nowhere else.
+:func:`problems` lists what is wrong with a dictionary, for the system checks;
+:func:`get_settings` refuses to return anything while there is a problem.
+
+To add a key: add a field with its validator in ``_RULES``, and a row in
+``docs/reference/settings.md`` (a test compares the two).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+
+from django.conf import settings as django_settings
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
+
+SETTING = "FIREFLY_JOBS"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The validated content of ``FIREFLY_JOBS``; durations are seconds."""
+
+    DATABASE: str = "default"
+    DEFAULT_QUEUE: str = "default"
+    MAX_RETRIES: int = 0
+    RETRY_DELAY: int = 120
+    CONSUMER_NAP_TIME: float = 1.0
+    FAIL_SILENTLY: bool = True
+    SERIALIZER: str = "pickle"
+    SIGNING: bool = True
+    MAX_PAYLOAD_BYTES: int = 1024 * 1024
+    LEASE_SECONDS: float = 30.0
+    MAX_RESCUES: int = 3
+    LANE_TIMEOUT: float = 30.0
+    SHUTDOWN_TIMEOUT: float = 30.0
+    ASYNC_SLOTS: int = 100
+    ASYNC_CONNECTIONS: int = 8
+    IMPORTS: tuple[str, ...] = ()
+
+
+def seconds(value: float | timedelta) -> float:
+    """Return a duration given as ``timedelta`` or as seconds, in seconds."""
+    return value.total_seconds() if isinstance(value, timedelta) else value
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for a misspelt word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _is_text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value else "must be a non-empty string"
+
+
+def _is_flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "must be True or False"
+
+
+def _is_count(minimum: int) -> Callable[[Any], str | None]:
+    def rule(value: Any) -> str | None:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
+            return None
+        return f"must be a whole number, {minimum} or more"
+
+    return rule
+
+
+def _is_duration(*, positive: bool) -> Callable[[Any], str | None]:
+    def rule(value: Any) -> str | None:
+        if isinstance(value, int | float | timedelta) and not isinstance(value, bool):
+            number = seconds(value)
+            if number > 0 or (number == 0 and not positive):
+                return None
+        return f"must be {'more than ' if positive else ''}zero seconds or a timedelta"
+
+    return rule
+
+
+def _is_one_of(*words: str) -> Callable[[Any], str | None]:
+    def rule(value: Any) -> str | None:
+        return None if value in words else f"must be one of {', '.join(map(repr, words))}"
+
+    return rule
+
+
+def _is_modules(value: Any) -> str | None:
+    if isinstance(value, list | tuple) and all(isinstance(name, str) and name for name in value):
+        return None
+    return "must be a list of module names"
+
+
+_RULES: dict[str, Callable[[Any], str | None]] = {
+    "DATABASE": _is_text,
+    "DEFAULT_QUEUE": _is_text,
+    "MAX_RETRIES": _is_count(0),
+    "RETRY_DELAY": _is_duration(positive=False),
+    "CONSUMER_NAP_TIME": _is_duration(positive=True),
+    "FAIL_SILENTLY": _is_flag,
+    "SERIALIZER": _is_one_of("pickle", "json"),
+    "SIGNING": _is_flag,
+    "MAX_PAYLOAD_BYTES": _is_count(1),
+    "LEASE_SECONDS": _is_duration(positive=True),
+    "MAX_RESCUES": _is_count(0),
+    "LANE_TIMEOUT": _is_duration(positive=True),
+    "SHUTDOWN_TIMEOUT": _is_duration(positive=False),
+    "ASYNC_SLOTS": _is_count(1),
+    "ASYNC_CONNECTIONS": _is_count(1),
+    "IMPORTS": _is_modules,
+}
+
+
+def problems(raw: Any) -> list[tuple[str, str]]:
+    """Return what is wrong with a ``FIREFLY_JOBS`` value, as ``(key, message)`` pairs."""
+    if not isinstance(raw, Mapping):
+        return [("", f"{SETTING} must be a dictionary, got {type(raw).__name__}.")]
+    found = []
+    for key, value in raw.items():
+        if key not in _RULES:
+            hint = suggestion(str(key), _RULES)
+            found.append((str(key), f"{SETTING} has no key {key!r}.{hint}"))
+        elif complaint := _RULES[key](value):
+            found.append((key, f"{SETTING}[{key!r}] {complaint}, got {value!r}."))
+    return found
+
+
+def get_settings() -> Settings:
+    """Return the validated settings of this project.
+
+    Raises:
+        ImproperlyConfigured: If ``FIREFLY_JOBS`` has a problem; it names all of them.
+    """
+    return _load()
+
+
+@lru_cache(maxsize=1)
+def _load() -> Settings:
+    raw = getattr(django_settings, SETTING, {})
+    if found := problems(raw):
+        raise ImproperlyConfigured(" ".join(message for _, message in found))
+    values = dict(raw)
+    for field in fields(Settings):
+        if isinstance(values.get(field.name), timedelta):
+            values[field.name] = values[field.name].total_seconds()
+    if "IMPORTS" in values:
+        values["IMPORTS"] = tuple(values["IMPORTS"])
+    return Settings(**values)
+
+
+def _forget(*, setting: str, **_: Any) -> None:
+    if setting == SETTING:
+        _load.cache_clear()
+
+
+setting_changed.connect(_forget, dispatch_uid="firefly_jobs.conf")

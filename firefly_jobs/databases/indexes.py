@@ -1,0 +1,40 @@
+"""An index over the rows in certain states, on databases with and without partial indexes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db import models
+
+
+class StatusIndex(models.Index):
+    """Index ``fields`` of the rows whose ``status`` is one of ``statuses``.
+
+    Where the database has partial indexes, ended rows are not in it at all.  Elsewhere
+    (MySQL, MariaDB) ``status`` becomes the first key, which keeps ended rows out of the
+    range that is read, though not out of the index.
+    """
+
+    def __init__(self, *, statuses: list[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.statuses = statuses
+
+    def deconstruct(self) -> tuple[str, list[Any], dict[str, Any]]:
+        """Return what a migration needs to make this index again."""
+        path, args, kwargs = super().deconstruct()
+        return path, list(args), {**kwargs, "statuses": self.statuses}
+
+    def create_sql(self, model: Any, schema_editor: Any, using: str = "", **kwargs: Any) -> Any:
+        """Return the statement that creates the index on this database."""
+        if schema_editor.connection.features.supports_partial_indexes:
+            plain = models.Index(
+                fields=self.fields,
+                name=self.name,
+                condition=models.Q(status__in=self.statuses)
+                if len(self.statuses) > 1
+                else models.Q(status=self.statuses[0]),
+            )
+        else:
+            fields = ["status", *(name for name in self.fields if name != "status")]
+            plain = models.Index(fields=fields, name=self.name)
+        return plain.create_sql(model, schema_editor, using, **kwargs)

@@ -1,0 +1,157 @@
+"""MariaDB and MySQL, with mysqlclient."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ..attempts import Claim
+from ..exceptions import ImplicitCommitError
+from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Session
+
+_DEADLOCK, _LOCK_TIMEOUT = 1213, 1205
+
+# Statements that commit the open transaction by themselves:
+# https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
+_COMMITS_IMPLICITLY = re.compile(
+    rb"\s*(?:/\*.*?\*/\s*)*(?:"
+    rb"(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|GRANT\b|REVOKE\b|"
+    rb"ANALYZE\s+TABLE|OPTIMIZE\b|REPAIR\b|LOCK\s+TABLES?|UNLOCK\s+TABLES|FLUSH\b|"
+    rb"START\s+TRANSACTION|BEGIN\b|COMMIT\b|SET\s+(?:SESSION\s+|@@(?:SESSION\.)?)?AUTOCOMMIT\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class MySQLSession(Session):
+    """Watches the driver's one way to the server, since it tells nothing of transactions.
+
+    Every statement of mysqlclient, whatever cursor or ``callproc`` it came from, goes
+    through ``Connection.query``; that method is replaced on the lane's own connection.
+    """
+
+    _watched: Any = None
+    _touched = False
+    _gone = False
+    _is_call = False
+
+    def begin(self) -> None:
+        """Forget the former call; watch the driver's connection if it is a new one."""
+        driver = self.connection.connection
+        if driver is not self._watched:
+            self._watch(driver)
+        self._touched = self._gone = False
+        self._is_call = True
+
+    def _watch(self, driver: Any) -> None:
+        send = driver.query
+
+        def query(statement: Any, *args: Any) -> Any:
+            if not self._is_call or not self.connection.in_atomic_block:
+                return send(statement, *args)
+            self._touched = True
+            text = statement if isinstance(statement, bytes | bytearray) else str(statement).encode()
+            if _COMMITS_IMPLICITLY.match(text):
+                word = text.split(None, 1)[0].decode()
+                message = (
+                    f"{word.upper()} commits the task's transaction on this database, so a later "
+                    f"failure could not be rolled back. Put such statements into a task with "
+                    f"@task(atomic=False), or run them outside of tasks."
+                )
+                raise ImplicitCommitError(message)
+            try:
+                return send(statement, *args)
+            except Exception as error:
+                # A deadlock has rolled back the whole transaction on the server; the
+                # call may swallow the error, and its effects would be gone.
+                if error.args and error.args[0] == _DEADLOCK:
+                    self._gone = True
+                raise
+
+        driver.query = query
+        self._watched = driver
+
+    def is_touched(self) -> bool:
+        """Whether a statement was sent."""
+        return self._touched
+
+    def is_gone(self) -> bool:
+        """Whether the server rolled back after a deadlock."""
+        return self._gone
+
+    def commit(self) -> None:
+        """Commit; the next call's statements are its own."""
+        self._is_call = False
+        super().commit()
+
+    def rollback(self) -> None:
+        """Roll back; the next call's statements are its own."""
+        self._is_call = False
+        super().rollback()
+
+
+class MySQL(Database):
+    """Two statements claim, since these databases cannot return the rows they update."""
+
+    session_class = MySQLSession
+    now = "UTC_TIMESTAMP(6)"
+
+    # deadlock, lock time-out; then killed, shut down, gone away, refused.
+    lost_codes: ClassVar[frozenset[Any]] = frozenset(
+        {_DEADLOCK, _LOCK_TIMEOUT, 1020, 1053, 1079, 1152, 1158, 1159, 1160, 1161}
+        | {1317, 1927, 2002, 2003, 2006, 2013, 2055, 4031, 0}
+    )
+
+    def claim(
+        self,
+        connection: Any,
+        *,
+        queue: str,
+        priority: int,
+        limit: int,
+        consumer: int,
+        not_below: Any = None,  # noqa: ARG002 - no dead entries here
+    ) -> list[Claim]:
+        """Lock with SKIP LOCKED, then update what was locked."""
+        # MariaDB 10.11 and MySQL 8 cannot return the rows an UPDATE changed, so the
+        # claim is two statements here and one on PostgreSQL.  Both hold the row locks
+        # from the first statement on; see tests/conformance/test_claiming.py.
+        with self.write_transaction(connection), connection.cursor() as cursor:
+            cursor.execute(
+                f"SELECT {CLAIM_COLUMNS} FROM {TABLE} WHERE status = 'created' AND queue = %s "
+                f"AND priority = %s AND run_at <= {self.now} ORDER BY run_at, id LIMIT %s "
+                f"FOR UPDATE SKIP LOCKED",
+                [queue, priority, limit],
+            )
+            rows = [Claim._make(row) for row in cursor.fetchall()]
+            if not rows:
+                return []
+            cursor.execute(
+                f"UPDATE {TABLE} SET status = 'running', fence = fence + 1, consumer = %s, "
+                f"started = {self.now} WHERE id IN ({', '.join(['%s'] * len(rows))})",
+                [consumer, *(row.id for row in rows)],
+            )
+        return [row._replace(fence=row.fence + 1) for row in rows]
+
+    def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
+        """Complete with one UPDATE joined to the outcomes, which travel as one JSON text."""
+        # STRAIGHT_JOIN keeps the outcomes as the driving side: the other order would
+        # scan, and lock, the whole table.
+        sql = (
+            f"UPDATE JSON_TABLE(%s, '$[*]' COLUMNS (id BIGINT PATH '$[0]', fence INT PATH '$[1]', "
+            f"duration DOUBLE PATH '$[2]', returned LONGTEXT PATH '$[3]')) o "
+            f"STRAIGHT_JOIN {TABLE} t ON t.id = o.id "
+            f"SET t.status = 'completed', t.completed = {self.now}, t.failed = NULL, "
+            f"t.duration = o.duration, t.returned = o.returned, t.error = '' "
+            f"WHERE t.status = 'running' AND t.fence = o.fence"
+        )
+        with connection.cursor() as cursor:
+            cursor.execute(sql, [json.dumps(completions)])
+            return int(cursor.rowcount)
+
+    def error_code(self, error: BaseException) -> Any:
+        """Return the server's or the client's error number."""
+        if type(error).__module__.partition(".")[0] not in {"MySQLdb", "pymysql"}:
+            return None
+        return error.args[0] if error.args and isinstance(error.args[0], int) else ""

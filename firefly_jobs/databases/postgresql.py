@@ -1,0 +1,107 @@
+"""PostgreSQL, with psycopg 3 or psycopg2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ..attempts import Claim
+from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Session
+
+_IDLE, _IN_ERROR = 0, 3  # libpq's PGTransactionStatusType
+_KEEPALIVE_SECONDS = 30
+
+
+class PostgreSQLSession(Session):
+    """The driver sends BEGIN with the first statement and knows libpq's transaction status."""
+
+    def _status(self) -> int:
+        driver = self.connection.connection
+        if hasattr(driver, "pgconn"):
+            return int(driver.pgconn.transaction_status)
+        return int(driver.get_transaction_status())
+
+    def is_touched(self) -> bool:
+        """Whether the driver has left the idle state."""
+        return self._status() != _IDLE
+
+    def is_gone(self) -> bool:
+        """Whether it is idle again, or a swallowed error has doomed the transaction."""
+        return self._status() in {_IDLE, _IN_ERROR}
+
+
+class PostgreSQL(Database):
+    """One statement claims, one statement settles."""
+
+    session_class = PostgreSQLSession
+    needs_low_water_mark = True
+    now = "STATEMENT_TIMESTAMP()"
+
+    # serialization failure, deadlock, lock not available; then what a restart or a
+    # broken connection looks like: class 08, 57P0x, and no code at all.
+    lost_codes: ClassVar[frozenset[Any]] = frozenset(
+        {"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "57P05", "25P03"}
+        | {"08000", "08001", "08003", "08004", "08006", "08007", "no connection"}
+    )
+
+    def claim(
+        self,
+        connection: Any,
+        *,
+        queue: str,
+        priority: int,
+        limit: int,
+        consumer: int,
+        not_below: Any = None,
+    ) -> list[Claim]:
+        """Claim with one UPDATE … RETURNING."""
+        # ARRAY(SELECT …) is evaluated once; with IN (SELECT …) the planner may run the
+        # locking subquery again per row and take more than LIMIT.
+        returning = ", ".join(f"t.{column}" for column in CLAIM_COLUMNS.split(", "))
+        mark = "" if not_below is None else "AND run_at >= %s "
+        sql = (
+            f"UPDATE {TABLE} t SET status = 'running', fence = t.fence + 1, consumer = %s, "
+            f"started = STATEMENT_TIMESTAMP() WHERE t.id = ANY(ARRAY("
+            f"SELECT id FROM {TABLE} WHERE status = 'created' AND queue = %s AND priority = %s "
+            f"AND run_at <= STATEMENT_TIMESTAMP() {mark}"
+            f"ORDER BY run_at, id LIMIT %s FOR UPDATE SKIP LOCKED)) RETURNING {returning}"
+        )
+        marks = [] if not_below is None else [not_below]
+        with connection.cursor() as cursor:
+            cursor.execute(sql, [consumer, queue, priority, *marks, limit])
+            claims = [Claim._make(row) for row in cursor.fetchall()]
+        claims.sort(key=lambda claim: (claim.run_at, claim.id))
+        return claims
+
+    def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
+        """Complete with one UPDATE … FROM unnest()."""
+        sql = (
+            f"UPDATE {TABLE} t SET status = 'completed', completed = STATEMENT_TIMESTAMP(), "
+            f"failed = NULL, duration = o.duration, returned = o.returned, error = '' "
+            f"FROM unnest(%s::bigint[], %s::int[], %s::float8[], %s::text[]) "
+            f"AS o(id, fence, duration, returned) "
+            f"WHERE t.id = o.id AND t.status = 'running' AND t.fence = o.fence"
+        )
+        columns = [list(column) for column in zip(*completions, strict=True)]
+        with connection.cursor() as cursor:
+            cursor.execute(sql, columns)
+            return int(cursor.rowcount)
+
+    def error_code(self, error: BaseException) -> Any:
+        """Return the SQLSTATE; "no connection" where the driver lost the server."""
+        module = type(error).__module__.partition(".")[0]
+        if module not in {"psycopg", "psycopg2"}:
+            return None
+        code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+        # An OperationalError without SQLSTATE was raised by libpq itself: the server
+        # closed the connection, or could not be reached.
+        is_libpq = any(cls.__name__ == "OperationalError" for cls in type(error).__mro__)
+        return code or ("no connection" if is_libpq else "")
+
+    def prepare(self, connection: Any) -> None:
+        """Ask the server to notice within minutes when this machine vanishes."""
+        with connection.cursor() as cursor:
+            cursor.execute(
+                f"SET tcp_keepalives_idle = {_KEEPALIVE_SECONDS}; "
+                f"SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
+            )

@@ -1,0 +1,125 @@
+"""SQLite: one writer at a time, so the art is to hold the write lock briefly."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+from django.db import transaction
+
+from ..attempts import Claim
+from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Session
+
+# Matches no row, yet takes the write lock and honours the busy timeout.  Starting with
+# a read and upgrading later would fail at once with SQLITE_BUSY_SNAPSHOT if another
+# connection committed in between (https://sqlite.org/isolation.html).
+_TAKE_WRITE_LOCK = f"UPDATE {TABLE} SET id = id WHERE id = -1"
+
+
+@contextmanager
+def _transaction_mode(connection: Any, mode: str) -> Iterator[None]:
+    former = connection.transaction_mode
+    connection.transaction_mode = mode
+    try:
+        yield
+    finally:
+        connection.transaction_mode = former
+
+
+class _Immediate:
+    """``atomic`` that takes the write lock at BEGIN, whatever the project's OPTIONS say."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._atomic = transaction.atomic(using=connection.alias)
+
+    def __enter__(self) -> None:
+        with _transaction_mode(self._connection, "IMMEDIATE"):
+            self._atomic.__enter__()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._atomic.__exit__(*exc_info)
+
+
+class SQLiteSession(Session):
+    """A deferred transaction holds nothing until its first statement takes the write lock."""
+
+    _changes = 0
+
+    def opening(self) -> AbstractContextManager[Any]:
+        """Enter ``atomic`` with BEGIN DEFERRED, whatever the project's OPTIONS say."""
+        return _transaction_mode(self.connection, "DEFERRED")
+
+    def begin(self) -> None:
+        """Open a deferred transaction unless an untouched one is still open."""
+        driver = self.connection.connection
+        if not driver.in_transaction:
+            driver.execute("BEGIN DEFERRED")
+        self._changes = driver.total_changes
+
+    def before_statement(self) -> None:
+        """Take the write lock, waiting for it as long as the busy timeout says."""
+        with self.connection.wrap_database_errors:
+            self.connection.connection.execute(_TAKE_WRITE_LOCK)
+
+    def is_touched(self) -> bool:
+        """Whether rows changed through the bare driver."""
+        return bool(self.connection.connection.total_changes != self._changes)
+
+    def is_gone(self) -> bool:
+        """Whether SQLite rolled back by itself (disk full, I/O error, out of memory)."""
+        return not self.connection.connection.in_transaction
+
+
+class SQLite(Database):
+    """A claim is one UPDATE; a batch is settled in one transaction."""
+
+    session_class = SQLiteSession
+    can_skip_locked = False
+    now = "STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f', 'now')"
+
+    lost_codes: ClassVar[frozenset[Any]] = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+
+    def claim(
+        self,
+        connection: Any,
+        *,
+        queue: str,
+        priority: int,
+        limit: int,
+        consumer: int,
+        not_below: Any = None,  # noqa: ARG002 - no dead entries here
+    ) -> list[Claim]:
+        """Claim with one UPDATE … RETURNING, which takes the write lock as it starts."""
+        sql = (
+            f"UPDATE {TABLE} SET status = 'running', fence = fence + 1, consumer = %s, "
+            f"started = {self.now} WHERE id IN ("
+            f"SELECT id FROM {TABLE} WHERE status = 'created' AND queue = %s AND priority = %s "
+            f"AND run_at <= {self.now} ORDER BY run_at, id LIMIT %s) RETURNING {CLAIM_COLUMNS}"
+        )
+        with connection.cursor() as cursor:
+            cursor.execute(sql, [consumer, queue, priority, limit])
+            claims = [Claim._make(row) for row in cursor.fetchall()]
+        claims.sort(key=lambda claim: (claim.run_at, claim.id))
+        return claims
+
+    def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
+        """Complete with one prepared statement, many times."""
+        with self.write_transaction(connection), connection.cursor() as cursor:
+            cursor.executemany(
+                self.complete_sql, [(c.duration, c.returned, c.id, c.fence) for c in completions]
+            )
+            return int(cursor.rowcount)
+
+    def write_transaction(self, connection: Any) -> AbstractContextManager[Any]:
+        """Take the write lock at BEGIN, so that no later statement fails as busy."""
+        return _Immediate(connection)
+
+    def error_code(self, error: BaseException) -> Any:
+        """Return SQLite's primary result code."""
+        if not isinstance(error, sqlite3.Error):
+            return None
+        code = getattr(error, "sqlite_errorcode", None)
+        return "" if code is None else code & 0xFF

@@ -1,0 +1,135 @@
+"""Everything that this package raises, in three families.
+
+Mistakes end in ``Error`` (or carry the name an established API gave them) and say
+whose fault they are.  Exceptions that *steer* are verbs a task raises on purpose:
+:class:`Retry`, :class:`Snooze`, :class:`Cancel`.  Events are things that happened to
+a running call: :class:`LeaseLost`, :class:`ConsumerLost`.
+
+To add one: say in its docstring who raises it, and document it in
+``docs/reference/errors.md``; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from django.core import signing
+
+
+class AsyncFuncNotSupportedException(TypeError):
+    """``@task`` was put on an ``async def``; that is what ``@atask`` is for."""
+
+
+class SyncFuncNotSupportedException(TypeError):
+    """``@atask`` was put on a plain function; that is what ``@task`` is for."""
+
+
+class TaskDefinitionError(TypeError):
+    """A function cannot become a task, and the message says why."""
+
+
+class TaskNotFoundError(LookupError):
+    """A row names a function that is not registered as a task in this process."""
+
+
+class PayloadError(ValueError):
+    """Arguments or a result cannot be stored, or cannot be read back."""
+
+
+class PayloadTooLargeError(PayloadError):
+    """Arguments or a result are longer than ``MAX_PAYLOAD_BYTES``."""
+
+
+class BadSignature(PayloadError, signing.BadSignature):
+    """A stored payload was not signed with this project's key for this task.
+
+    It was not unpickled.
+    """
+
+
+class TransitionError(ValueError):
+    """A row cannot go from its status to the one asked for."""
+
+
+class TransactionDoomedError(RuntimeError):
+    """The call returned, but its transaction was already rolled back or marked so."""
+
+
+class ImplicitCommitError(RuntimeError):
+    """A statement would have committed the call's transaction behind its back."""
+
+
+class LaneTimeoutError(RuntimeError):
+    """An async call waited too long for a database connection."""
+
+
+class LeaseLost(Exception):  # noqa: N818 - an event, not a mistake
+    """The row is no longer ours: another consumer claimed it, or a person changed it."""
+
+
+class CommitUncertain(Exception):  # noqa: N818 - an event, not a mistake
+    """The connection broke while COMMIT was under way; only the row can tell what happened.
+
+    Attributes:
+        callbacks: What the call had registered with ``on_commit``, not yet run.
+    """
+
+    def __init__(self, callbacks: list[Any]) -> None:
+        super().__init__("The connection broke while COMMIT was under way.")
+        self.callbacks = callbacks
+
+
+class ConsumerLost(Exception):  # noqa: N818 - an event, not a mistake
+    """The consumer that ran a task disappeared too often; recorded as the row's error."""
+
+
+class StopRequested(BaseException):  # noqa: N818 - an event; not an Exception, so that tasks let it pass
+    """Raised inside a running call when the shutdown timeout is over."""
+
+
+DELAY_SECONDS_MAX = 100 * 365 * 86_400
+
+
+def _delay_seconds(delay: float | timedelta) -> float:
+    number = delay.total_seconds() if isinstance(delay, timedelta) else float(delay)
+    if not 0 <= number <= DELAY_SECONDS_MAX:
+        message = f"delay must be zero or more seconds and at most 100 years, got {delay!r}."
+        raise ValueError(message)
+    return number
+
+
+class Retry(Exception):  # noqa: N818 - a verb: a task raises it on purpose
+    """Raise inside a task to try again later; spends one retry.
+
+    Args:
+        delay: Pause before the next attempt, in seconds or as ``timedelta``.
+            ``None`` leaves it to the task's retry strategy.
+    """
+
+    def __init__(self, delay: float | timedelta | None = None) -> None:
+        super().__init__("retry asked for by the task")
+        self.delay_seconds = None if delay is None else _delay_seconds(delay)
+
+
+class Snooze(Exception):  # noqa: N818 - a verb: a task raises it on purpose
+    """Raise inside a task to run again later without spending a retry.
+
+    Args:
+        delay: Pause before the next attempt, in seconds or as ``timedelta``.
+    """
+
+    def __init__(self, delay: float | timedelta) -> None:
+        super().__init__("snoozed by the task")
+        self.delay_seconds = _delay_seconds(delay)
+
+
+class Cancel(Exception):  # noqa: N818 - a verb: a task raises it on purpose
+    """Raise inside a task to end it as ``cancelled``; its transaction is rolled back.
+
+    Args:
+        reason: Text for people, kept in the row's ``error``.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason or "cancelled by the task")

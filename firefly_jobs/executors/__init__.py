@@ -1,0 +1,1 @@
+"""Execute claims: call the function, settle what it touched, report the outcome."""

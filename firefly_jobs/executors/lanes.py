@@ -1,0 +1,237 @@
+"""Give each coroutine that queries a database connection, and its own transaction on it.
+
+A *lane* is a thread with a connection.  A coroutine is bound to one at its first
+thread-sensitive call (every query of Django's is one) and keeps it until it ends, so
+all its queries run in one transaction.  A coroutine that only awaits never takes one:
+thousands can wait while eight lanes serve those that query.
+
+:class:`LaneBinding` is what asgiref's ``ThreadSensitiveContext`` is given as executor;
+it needs asgiref 3.13, the first release that takes one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
+from typing import Any
+
+from ..exceptions import LaneTimeoutError
+from ..transactions import CallTransaction
+
+logger = logging.getLogger("firefly_jobs")
+
+_Work = tuple["Future[Any]", Callable[[], Any]]
+
+
+class Lane(threading.Thread):
+    """A thread with a connection that runs what it is given, in order."""
+
+    def __init__(self, *, using: str, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._using = using
+        self._inbox: SimpleQueue[_Work | None] = SimpleQueue()
+        self.transaction: CallTransaction
+        self.start()
+
+    def put(self, future: Future[Any], work: Callable[[], Any]) -> None:
+        """Run ``work`` on this thread and resolve ``future`` with what it returns or raises."""
+        self._inbox.put((future, work))
+
+    def stop(self) -> None:
+        """End the thread after what is queued."""
+        self._inbox.put(None)
+
+    def run(self) -> None:
+        """Work until stopped."""
+        self.transaction = CallTransaction(self._using)
+        try:
+            while (item := self._inbox.get()) is not None:
+                future, work = item
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # noqa: BLE001 - user code; its error belongs to its caller
+                    future.set_exception(error)
+                del item, future, work
+        finally:
+            self.transaction.close()
+
+
+class LanePool:
+    """At most ``size`` lanes, given to bindings in the order they asked.
+
+    Args:
+        using: Database alias.
+        size: Connections at most.
+    """
+
+    def __init__(self, *, using: str, size: int) -> None:
+        self._using = using
+        self._size = size
+        self._lock = threading.Lock()
+        self._free: list[Lane] = []
+        self._lanes: list[Lane] = []
+        self._asking: deque[LaneBinding] = deque()
+        self.holders: dict[Lane, str] = {}
+
+    def ask(self, binding: LaneBinding) -> None:
+        """Give ``binding`` a lane now, or as soon as one is free."""
+        with self._lock:
+            if not self._free and len(self._lanes) < self._size:
+                lane = Lane(using=self._using, name=f"firefly-lane-{len(self._lanes) + 1}")
+                self._lanes.append(lane)
+                self._free.append(lane)
+            if not self._free:
+                self._asking.append(binding)
+                return
+            lane = self._free.pop()
+            self.holders[lane] = binding.holder
+        binding.granted(lane)
+
+    def withdraw(self, binding: LaneBinding) -> bool:
+        """Take back a request that was not granted yet; return whether it was not."""
+        with self._lock:
+            if binding not in self._asking:
+                return False
+            self._asking.remove(binding)
+            return True
+
+    def give_back(self, lane: Lane) -> None:
+        """Hand ``lane`` to who has waited longest, or keep it."""
+        with self._lock:
+            self.holders.pop(lane, None)
+            if not self._asking:
+                self._free.append(lane)
+                return
+            binding = self._asking.popleft()
+            self.holders[lane] = binding.holder
+        binding.granted(lane)
+
+    def close(self) -> None:
+        """End the free lanes; those in use end with the process."""
+        with self._lock:
+            lanes, self._free = self._free, []
+        for lane in lanes:
+            lane.stop()
+            lane.join()
+
+
+class LaneBinding(Executor):
+    """The executor of one coroutine's thread-sensitive calls.
+
+    Args:
+        pool: Where lanes come from.
+        holder: What to call the coroutine in messages.
+        atomic: With it, the lane is kept and one transaction spans all calls; without,
+            a lane is borrowed for each call and nothing spans them.
+        timeout_seconds: How long to wait for a lane.
+    """
+
+    def __init__(
+        self, pool: LanePool, *, holder: str, atomic: bool, timeout_seconds: float
+    ) -> None:
+        self._pool = pool
+        self._atomic = atomic
+        self._timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._lane: Lane | None = None
+        self._has_asked = False
+        self._backlog: deque[_Work] = deque()
+        self._loop: asyncio.AbstractEventLoop
+        self._timer: asyncio.TimerHandle | None = None
+        self.holder = holder
+        self.timed_out = False
+
+    @property
+    def lane(self) -> Lane | None:
+        """The lane this coroutine is bound to, if it has queried."""
+        return self._lane
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Queue a call; asgiref calls this from the event loop, so it never blocks."""
+        future: Future[Any] = Future()
+        work = (future, lambda: fn(*args, **kwargs))
+        with self._lock:
+            if self._lane is not None:
+                self._lane.put(*work)
+                return future
+            self._backlog.append(work)
+            if self._has_asked:
+                return future
+            self._has_asked = True
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(self._timeout_seconds, self._give_up)
+        self._pool.ask(self)
+        return future
+
+    def granted(self, lane: Lane) -> None:
+        """Take the lane, enter the transaction, and run what has been queued."""
+        with self._lock:
+            if self._atomic:
+                self._lane = lane
+            backlog, self._backlog = self._backlog, deque()
+            self._has_asked = self._atomic
+            begin = Future[None]()
+            lane.put(begin, lambda: lane.transaction.begin(atomic=self._atomic))
+            last = begin
+            for future, work in backlog:
+                lane.put(future, _unless_failed(begin, work))
+                last = future
+        if self._timer is not None:
+            # Lanes are granted from whichever thread gave one back.
+            self._loop.call_soon_threadsafe(self._timer.cancel)
+        if not self._atomic:
+            last.add_done_callback(lambda _: self._pool.give_back(lane))
+
+    def _give_up(self) -> None:
+        if not self._pool.withdraw(self):
+            return
+        self.timed_out = True
+        holders = ", ".join(sorted(self._pool.holders.values()))
+        message = (
+            f"{self.holder} waited {self._timeout_seconds:g} s for a database connection. All "
+            f"are held by: {holders}. A coroutine keeps its connection from its first query to "
+            f"its end; raise ASYNC_CONNECTIONS, or query late and finish soon."
+        )
+        with self._lock:
+            backlog, self._backlog = self._backlog, deque()
+        for future, _ in backlog:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(LaneTimeoutError(message))
+
+    async def on_lane(self, work: Callable[[CallTransaction], Any]) -> Any:
+        """Run ``work`` with the bound lane's transaction and return what it returns."""
+        lane = self._lane
+        if lane is None:
+            message = "This coroutine has no lane."
+            raise RuntimeError(message)
+        future: Future[Any] = Future()
+        lane.put(future, lambda: work(lane.transaction))
+        # Shielded: a cancelled coroutine still has to settle or roll back.
+        return await asyncio.shield(asyncio.wrap_future(future))
+
+    def close(self) -> None:
+        """Give the lane back."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._pool.withdraw(self)
+        with self._lock:
+            lane, self._lane = self._lane, None
+        if lane is not None:
+            self._pool.give_back(lane)
+
+
+def _unless_failed(begin: Future[None], work: Callable[[], Any]) -> Callable[[], Any]:
+    """Run ``work`` unless the transaction could not be entered: then raise that error."""
+
+    def run() -> Any:
+        begin.result()
+        return work()
+
+    return run

@@ -1,0 +1,71 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentParser, ArgumentTypeError
+from datetime import timedelta
+
+from ..conf import get_settings
+from ..options import check_queue
+
+_AGE = re.compile(r"(\d+)\s*([smhdw])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def queue_list(text: str) -> list[str]:
+    """Parse ``a,b`` or ``*``."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name != "*":
+            try:
+                check_queue(name)
+            except (TypeError, ValueError) as error:
+                raise ArgumentTypeError(str(error)) from error
+    if not names:
+        message = "a queue needs a name"
+        raise ArgumentTypeError(message)
+    return names
+
+
+def positive(text: str) -> int:
+    """Parse a whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        message = f"must be a whole number, 1 or more, got {text!r}"
+        raise ArgumentTypeError(message)
+    return int(text)
+
+
+def positive_or_zero(text: str) -> float:
+    """Parse a number of seconds, zero or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        message = f"must be zero or more seconds, got {text!r}"
+        raise ArgumentTypeError(message)
+    return number
+
+
+def age(text: str) -> timedelta:
+    """Parse ``7d``, ``12h``, ``30m``, ``90s`` or ``2w``."""
+    match = _AGE.fullmatch(text.strip())
+    if match is None:
+        message = f"must be a number and a unit, such as 7d, 12h, 30m, 90s or 2w, got {text!r}"
+        raise ArgumentTypeError(message)
+    try:
+        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    except OverflowError as error:
+        message = f"is too long an age: {text!r}"
+        raise ArgumentTypeError(message) from error
+
+
+def add_database(parser: ArgumentParser) -> None:
+    """Declare ``--database``."""
+    parser.add_argument(
+        "--database",
+        default=get_settings().DATABASE,
+        metavar="ALIAS",
+        help="Database alias. Default: FIREFLY_JOBS['DATABASE'].",
+    )

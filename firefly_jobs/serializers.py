@@ -1,0 +1,265 @@
+"""Turn arguments and results into signed text, and back.
+
+A stored payload reads ``<format>:<signature>:<body>``.  ``pickle`` bodies are Base64,
+``json`` bodies are JSON.  The signature (HMAC-SHA256, RFC 2104, keyed from
+``SECRET_KEY`` and a salt that names this app) covers the format, whether it holds
+parameters or a result, the task's name and the body, so a payload can neither be
+changed nor moved to another task or column.  It is checked before anything is decoded:
+a payload that does not verify is never unpickled.
+
+Model instances travel as references: model, database alias, primary key.  Pickle has a
+protocol for that, ``persistent_id`` (see "Persistence of External Objects" in
+the Python manual); JSON gets an object with the key ``$model``.  Reading loads them.
+
+To add a format: add a :class:`Format` to :data:`FORMATS` and a case to
+``tests/unit/test_serializers.py``.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import hmac
+import io
+import json
+import pickle  # noqa: S403 - only ever loads what verify() let through
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from django.apps import apps
+from django.conf import settings as django_settings
+from django.core.exceptions import ObjectDoesNotExist, SynchronousOnlyOperation
+from django.db.models import Model
+
+from .conf import get_settings
+from .exceptions import BadSignature, PayloadError, PayloadTooLargeError
+
+PARAMS = "params"
+RETURNED = "returned"
+
+_SALT = b"firefly_jobs.serializers"
+_MODEL_KEY = "$model"
+
+
+def dumps_params(
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, task_name: str, serializer: str
+) -> str:
+    """Return the text that stores a call's arguments.
+
+    Raises:
+        PayloadError: If an argument cannot be stored; nothing was written.
+        PayloadTooLargeError: If the text is longer than ``MAX_PAYLOAD_BYTES``.
+    """
+    return _dumps((args, kwargs), kind=PARAMS, task_name=task_name, serializer=serializer)
+
+
+def loads_params(text: str, *, task_name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that :func:`dumps_params` stored, as ``(args, kwargs)``.
+
+    Raises:
+        BadSignature: If the text was not signed for this task by this project.
+        PayloadError: If it cannot be decoded, or a referenced object has vanished.
+    """
+    args, kwargs = _loads(text, kind=PARAMS, task_name=task_name)
+    return tuple(args), kwargs
+
+
+def dumps_returned(value: Any, *, task_name: str, serializer: str) -> str:
+    """Return the text that stores a call's result; errors as for arguments."""
+    if value is None:
+        return _none_returned(task_name, serializer, _secrets()[0])
+    return _dumps(value, kind=RETURNED, task_name=task_name, serializer=serializer)
+
+
+def loads_returned(text: str, *, task_name: str) -> Any:
+    """Return the result that :func:`dumps_returned` stored; errors as for arguments."""
+    return _loads(text, kind=RETURNED, task_name=task_name)
+
+
+@lru_cache(maxsize=1024)
+def _none_returned(task_name: str, serializer: str, secret: bytes) -> str:  # noqa: ARG001 - cache key
+    # Most tasks return None; their payload is the same text for every call.
+    return _dumps(None, kind=RETURNED, task_name=task_name, serializer=serializer)
+
+
+def _dumps(value: Any, *, kind: str, task_name: str, serializer: str) -> str:
+    try:
+        body = FORMATS[serializer].encode(value)
+    except (PayloadError, SynchronousOnlyOperation):
+        raise
+    except Exception as error:  # whatever a value's own __reduce__ raises
+        what = "An argument" if kind == PARAMS else "The result"
+        message = (
+            f"{what} of {task_name!r} cannot be stored with serializer {serializer!r}: "
+            f"{type(error).__name__}: {error}. Pass plain values, or an id to load the object by."
+        )
+        raise PayloadError(message) from error
+    limit = get_settings().MAX_PAYLOAD_BYTES
+    if len(body) > limit:
+        what = "The arguments" if kind == PARAMS else "The result"
+        message = (
+            f"{what} of {task_name!r} take {len(body):,} bytes, more than "
+            f"FIREFLY_JOBS['MAX_PAYLOAD_BYTES'] = {limit:,}. Store large data elsewhere and "
+            f"pass a reference to it."
+        )
+        raise PayloadTooLargeError(message)
+    return f"{serializer}:{_sign(serializer, kind, task_name, body)}:{body}"
+
+
+def _loads(text: str, *, kind: str, task_name: str) -> Any:
+    name, _, rest = text.partition(":")
+    signature, _, body = rest.partition(":")
+    if name not in FORMATS:
+        message = f"The {kind} of {task_name!r} are stored in the unknown format {name[:20]!r}."
+        raise PayloadError(message)
+    if get_settings().SIGNING:
+        _verify(signature, name, kind, task_name, body)
+    try:
+        return FORMATS[name].decode(body)
+    except (PayloadError, SynchronousOnlyOperation):
+        raise
+    except Exception as error:  # unpickling runs the code of whatever was stored
+        message = (
+            f"The {kind} of {task_name!r} cannot be read: {type(error).__name__}: {error}. "
+            f"A class they refer to may have been moved, or changed since they were stored."
+        )
+        raise PayloadError(message) from error
+
+
+# --- signatures
+
+
+def _secrets() -> list[bytes]:
+    return [
+        secret.encode() if isinstance(secret, str) else secret
+        for secret in (django_settings.SECRET_KEY, *django_settings.SECRET_KEY_FALLBACKS)
+    ]
+
+
+@lru_cache(maxsize=16)
+def _key(secret: bytes) -> bytes:
+    return hashlib.sha256(_SALT + b"\0" + secret).digest()
+
+
+def _digest(secret: bytes, name: str, kind: str, task_name: str, body: str) -> str:
+    # hmac.digest is one call into OpenSSL; django.core.signing derives the key anew
+    # for every value, which costs more than pickling a small call.
+    message = f"{name}\0{kind}\0{task_name}\0{body}".encode()
+    return hmac.digest(_key(secret), message, "sha256").hex()
+
+
+def _sign(name: str, kind: str, task_name: str, body: str) -> str:
+    if not get_settings().SIGNING:
+        return ""
+    return _digest(_secrets()[0], name, kind, task_name, body)
+
+
+def _verify(signature: str, name: str, kind: str, task_name: str, body: str) -> None:
+    given = signature.encode()
+    for secret in _secrets():
+        if hmac.compare_digest(given, _digest(secret, name, kind, task_name, body).encode()):
+            return
+    message = (
+        f"The stored {kind} of {task_name!r} carry no valid signature, so they were not "
+        f"decoded. They were changed or moved in the database, or signed with another "
+        f"SECRET_KEY: add the former key to SECRET_KEY_FALLBACKS."
+    )
+    raise BadSignature(message)
+
+
+# --- model references
+
+
+def _reference(value: Model) -> tuple[str, str, Any]:
+    if value.pk is None or value._state.adding:  # noqa: SLF001 - how Django marks unsaved rows
+        message = (
+            f"An unsaved {value._meta.label} cannot be stored, because model instances travel "
+            f"as references. Save it first, or pass its field values."
+        )
+        raise PayloadError(message)
+    return value._meta.label_lower, value._state.db or "default", value.pk  # noqa: SLF001
+
+
+def _dereference(reference: tuple[str, str, Any]) -> Model:
+    label, alias, pk = reference
+    try:
+        model = apps.get_model(label)
+        return model._base_manager.using(alias).get(pk=pk)
+    except ObjectDoesNotExist as error:
+        message = f"{label} {pk!r} no longer exists in database {alias!r}."
+        raise PayloadError(message) from error
+    except LookupError as error:
+        message = f"The model {label!r} no longer exists in this project."
+        raise PayloadError(message) from error
+
+
+# --- formats
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> tuple[str, str, Any] | None:
+        return _reference(obj) if isinstance(obj, Model) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    def persistent_load(self, pid: Any) -> Model:
+        return _dereference(pid)
+
+
+def _pickle_encode(value: Any) -> str:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=5).dump(value)
+    return binascii.b2a_base64(buffer.getvalue(), newline=False).decode("ascii")
+
+
+def _pickle_decode(body: str) -> Any:
+    return _Unpickler(io.BytesIO(binascii.a2b_base64(body))).load()  # noqa: S301 - verified by the caller
+
+
+def _json_default(value: Any) -> Any:
+    if isinstance(value, Model):
+        label, alias, pk = _reference(value)
+        return {_MODEL_KEY: label, "using": alias, "pk": str(pk)}
+    message = f"{type(value).__name__} has no JSON form; use serializer='pickle' or convert it"
+    raise TypeError(message)
+
+
+def _json_refuse(value: Any) -> None:
+    """Refuse what JSON would silently change: dictionary keys that are no strings."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str) or key == _MODEL_KEY:
+                message = f"a JSON object cannot have the key {key!r}"
+                raise TypeError(message)
+            _json_refuse(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _json_refuse(item)
+
+
+def _json_encode(value: Any) -> str:
+    _json_refuse(value)
+    return json.dumps(value, default=_json_default, separators=(",", ":"), allow_nan=False)
+
+
+def _json_decode(body: str) -> Any:
+    def load(found: dict[str, Any]) -> Any:
+        if _MODEL_KEY in found:
+            return _dereference((found[_MODEL_KEY], found["using"], found["pk"]))
+        return found
+
+    return json.loads(body, object_hook=load)
+
+
+class Format(NamedTuple):
+    """How one serializer writes and reads a body."""
+
+    encode: Callable[[Any], str]
+    decode: Callable[[str], Any]
+
+
+FORMATS = {
+    "pickle": Format(_pickle_encode, _pickle_decode),
+    "json": Format(_json_encode, _json_decode),
+}

@@ -1,0 +1,1 @@
+"""An app of the tests' own: effects that show doubles, constraints that wait for COMMIT."""
