@@ -56,9 +56,33 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: PLE0604 - the table above is the list
+__all__ = [
+    "AsyncFuncNotSupportedException",
+    "AsyncTask",
+    "BadSignature",
+    "Cancel",
+    "Consumer",
+    "ConsumerModel",
+    "Exponential",
+    "Fixed",
+    "LeaseLost",
+    "PayloadError",
+    "PayloadTooLargeError",
+    "RandomDelay",
+    "Retry",
+    "RetryStrategy",
+    "Snooze",
+    "Status",
+    "SyncFuncNotSupportedException",
+    "Task",
+    "TaskAttempt",
+    "TaskModel",
+    "TaskNotFoundError",
     "__version__",
-    *_HOME_OF,
+    "atask",
+    "current_task",
+    "task",
+    "task_as_dict",
 ]
 
 

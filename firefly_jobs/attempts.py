@@ -144,9 +144,7 @@ def decide(outcome: Outcome, *, max_rescues: int) -> Settlement:
     if isinstance(error, Cancel):
         return _settle(outcome, Ended.CANCELLED, Status.CANCELLED, error=str(error))
     if isinstance(error, Snooze):
-        return _settle(
-            outcome, Ended.SNOOZED, Status.CREATED, delay_seconds=error.delay_seconds
-        )
+        return _settle(outcome, Ended.SNOOZED, Status.CREATED, delay_seconds=error.delay_seconds)
     return _decide_failed(outcome, error)
 
 
@@ -207,9 +205,7 @@ def _decide_failed(outcome: Outcome, error: BaseException) -> Settlement:
             else None
         )
     else:
-        delay = claim.strategy().delay_seconds(
-            task_id=claim.id, attempt=claim.attempt, error=error
-        )
+        delay = claim.strategy().delay_seconds(task_id=claim.id, attempt=claim.attempt, error=error)
     if delay is None:
         return _settle(outcome, Ended.FAILED, Status.FAILED, **_report(outcome))
     return _settle(

@@ -99,9 +99,7 @@ class Claimer:
             self._marks.clear()
         return self._marks.get((queue, priority))
 
-    def _ask(
-        self, queue: str, priority: int, limit: int, consumer: int, mark: Any
-    ) -> list[Claim]:
+    def _ask(self, queue: str, priority: int, limit: int, consumer: int, mark: Any) -> list[Claim]:
         return lifecycle.claim(
             using=self._using,
             consumer=consumer,

@@ -248,15 +248,7 @@ def _check_function(kind: type[BaseTask[Any, Any]], func: Any) -> None:
     if name is None or not callable(func) or inspect.isclass(func):
         message = f"Only a function can be a task, got {func!r}."
         raise TaskDefinitionError(message)
-    reason = None
-    if "<lambda>" in name:
-        reason = "a lambda has no name that a consumer could find it by"
-    elif "<locals>" in name:
-        reason = "it is defined inside another function, where a consumer cannot find it"
-    elif "." in name:
-        reason = "it is a method, and a row stores a call without its object"
-    elif func.__module__ == "__main__":
-        reason = "a consumer cannot import the module __main__"
+    reason = _unfindable(func)
     if reason:
         message = f"{name} cannot be a task: {reason}. Define a function at the top of a module."
         raise TaskDefinitionError(message)
@@ -269,6 +261,20 @@ def _check_function(kind: type[BaseTask[Any, Any]], func: Any) -> None:
     if kind.is_async and not inspect.iscoroutinefunction(func):
         message = f"{name} is a plain function; use @task instead of @atask."
         raise SyncFuncNotSupportedException(message)
+
+
+def _unfindable(func: Any) -> str | None:
+    """Return why a consumer could not find ``func`` by its name, or ``None``."""
+    name = func.__qualname__
+    if "<lambda>" in name:
+        return "a lambda has no name that a consumer could find it by"
+    if "<locals>" in name:
+        return "it is defined inside another function, where a consumer cannot find it"
+    if "." in name:
+        return "it is a method, and a row stores a call without its object"
+    if func.__module__ == "__main__":
+        return "a consumer cannot import the module __main__"
+    return None
 
 
 def _signature(func: Callable[..., Any], *, takes_context: bool) -> inspect.Signature:

@@ -12,6 +12,8 @@ from typing import Any
 
 from django.conf import settings as django_settings
 
+from django.db.models.expressions import DatabaseDefault
+
 from . import serializers
 from .conf import get_settings, suggestion
 from .models import TaskModel
@@ -68,6 +70,9 @@ def insert(row: TaskModel, *, using: str | None) -> TaskModel:
         )
         raise ValueError(message)
     row.save(using=alias, force_insert=True)
+    if isinstance(row.created, DatabaseDefault):
+        # MySQL cannot return what an INSERT filled in: read it when somebody asks.
+        del row.__dict__["created"]
     logger.debug(
         "Scheduled task",
         extra={"task_id": row.pk, "task_name": row.func_name, "queue": row.queue},

@@ -64,11 +64,11 @@ class LaneTimeoutError(RuntimeError):
     """An async call waited too long for a database connection."""
 
 
-class LeaseLost(Exception):  # noqa: N818 - an event, not a mistake
+class LeaseLost(Exception):
     """The row is no longer ours: another consumer claimed it, or a person changed it."""
 
 
-class CommitUncertain(Exception):  # noqa: N818 - an event, not a mistake
+class CommitUncertain(Exception):
     """The connection broke while COMMIT was under way; only the row can tell what happened.
 
     Attributes:
@@ -80,11 +80,11 @@ class CommitUncertain(Exception):  # noqa: N818 - an event, not a mistake
         self.callbacks = callbacks
 
 
-class ConsumerLost(Exception):  # noqa: N818 - an event, not a mistake
+class ConsumerLost(Exception):
     """The consumer that ran a task disappeared too often; recorded as the row's error."""
 
 
-class StopRequested(BaseException):  # noqa: N818 - an event; not an Exception, so that tasks let it pass
+class StopRequested(BaseException):
     """Raised inside a running call when the shutdown timeout is over."""
 
 
@@ -99,7 +99,7 @@ def _delay_seconds(delay: float | timedelta) -> float:
     return number
 
 
-class Retry(Exception):  # noqa: N818 - a verb: a task raises it on purpose
+class Retry(Exception):
     """Raise inside a task to try again later; spends one retry.
 
     Args:
@@ -112,7 +112,7 @@ class Retry(Exception):  # noqa: N818 - a verb: a task raises it on purpose
         self.delay_seconds = None if delay is None else _delay_seconds(delay)
 
 
-class Snooze(Exception):  # noqa: N818 - a verb: a task raises it on purpose
+class Snooze(Exception):
     """Raise inside a task to run again later without spending a retry.
 
     Args:
@@ -124,7 +124,7 @@ class Snooze(Exception):  # noqa: N818 - a verb: a task raises it on purpose
         self.delay_seconds = _delay_seconds(delay)
 
 
-class Cancel(Exception):  # noqa: N818 - a verb: a task raises it on purpose
+class Cancel(Exception):
     """Raise inside a task to end it as ``cancelled``; its transaction is rolled back.
 
     Args:

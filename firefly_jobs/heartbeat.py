@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from django.db import Error, connections
 
-from . import lifecycle
+from . import databases, lifecycle
 from .attempts import Ended
 from .models import ConsumerModel
 from .reporting import log_settled
@@ -44,9 +44,7 @@ class Heartbeat(threading.Thread):
         on_rescued: Called when this consumer finds itself rescued.
     """
 
-    def __init__(
-        self, *, using: str, lease_seconds: float, on_rescued: Callable[[], None]
-    ) -> None:
+    def __init__(self, *, using: str, lease_seconds: float, on_rescued: Callable[[], None]) -> None:
         super().__init__(name="firefly-heartbeat", daemon=True)
         self._using = using
         self._lease_seconds = lease_seconds
@@ -55,6 +53,7 @@ class Heartbeat(threading.Thread):
         self._stopping = threading.Event()
         self._first_looks: dict[int, _Look] = {}
         self._consumer = 0
+        self._prepared: object = None
         self._renewed_at = monotonic()
 
     def watch(self, consumer: int) -> None:
@@ -85,7 +84,15 @@ class Heartbeat(threading.Thread):
                 pause = min(_RETRY_SECONDS, self._interval_seconds)
         _close(self._using)
 
+    def _connect(self) -> None:
+        connection = connections[self._using]
+        connection.ensure_connection()
+        if connection.connection is not self._prepared:
+            databases.of(self._using).prepare_dispatcher(connection)
+            self._prepared = connection.connection
+
     def _beat(self) -> None:
+        self._connect()
         consumer, before = self._consumer, monotonic()
         if not lifecycle.renew(consumer, using=self._using):
             if consumer == self._consumer:

@@ -258,11 +258,10 @@ def rescue(suspect: ConsumerModel, *, using: str) -> list[Settlement] | None:
         What became of its rows, or ``None`` if it has renewed.
     """
     database, settings = databases.of(using), get_settings()
-    lock = {"skip_locked": True} if database.can_skip_locked else {}
     with database.write_transaction(connections[using]):
         consumer = (
             ConsumerModel.objects.using(using)
-            .select_for_update(**lock)
+            .select_for_update(skip_locked=database.can_skip_locked)
             .filter(pk=suspect.pk, renewed_at=suspect.renewed_at, suspected_at__isnull=False)
             .first()
         )
@@ -270,7 +269,7 @@ def rescue(suspect: ConsumerModel, *, using: str) -> list[Settlement] | None:
             return None
         rows = TaskModel.objects.using(using).filter(consumer=suspect.pk, status=Status.RUNNING)
         held = rows.count()
-        claims = _as_claims(rows.select_for_update(**lock))
+        claims = _as_claims(rows.select_for_update(skip_locked=database.can_skip_locked))
         settlements = [
             decide_rescued(
                 item,
@@ -328,7 +327,7 @@ def delete(ids: Sequence[int], *, using: str) -> int:
         # Locked first, so that a row which a person just revived is not deleted.
         ended = list(
             TaskModel.objects.using(using)
-            .select_for_update(**({"skip_locked": True} if database.can_skip_locked else {}))
+            .select_for_update(skip_locked=database.can_skip_locked)
             .filter(pk__in=ids, status__in=[s for s in Status if s.is_terminal])
             .values_list("pk", flat=True)
         )

@@ -74,7 +74,7 @@ class TaskModel(models.Model):
     duration = models.FloatField(_("duration"), null=True, blank=True)
 
     raw_params = models.TextField(_("stored parameters"), db_column="params")
-    raw_returned = models.TextField(
+    raw_returned = models.TextField(  # noqa: DJ001 - NULL: nothing was returned yet
         _("stored result"), db_column="returned", null=True, blank=True
     )
     error = models.TextField(_("error"), db_default="", default="", blank=True)
@@ -82,7 +82,9 @@ class TaskModel(models.Model):
     retry_attempts = models.SmallIntegerField(_("retries used"), default=0)
     retry_delay = models.IntegerField(_("retry delay"), default=0)
     max_retries = models.SmallIntegerField(_("retries at most"), default=0)
-    retry = models.TextField(_("retry strategy"), null=True, blank=True)
+    retry = models.TextField(  # noqa: DJ001 - NULL: the two columns say it all
+        _("retry strategy"), null=True, blank=True
+    )
 
     fence = models.IntegerField(_("fence"), default=0)
     consumer = models.BigIntegerField(_("consumer"), null=True, blank=True)
@@ -94,7 +96,7 @@ class TaskModel(models.Model):
     class Meta:
         verbose_name = _("task")
         verbose_name_plural = _("tasks")
-        indexes = [
+        indexes = [  # noqa: RUF012 - Django's own class attribute
             # The claim reads one (queue, priority) range of it in exactly this order.
             # All keys ascend: see docs/explanation/claims.md.
             StatusIndex(
@@ -172,7 +174,7 @@ class TaskAttempt(models.Model):
     class Meta:
         verbose_name = _("attempt")
         verbose_name_plural = _("attempts")
-        ordering = ["id"]
+        ordering = ("id",)
 
     def __str__(self) -> str:
         return f"attempt {self.number} of task {self.task_id}: {self.outcome}"

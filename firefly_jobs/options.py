@@ -56,19 +56,13 @@ class TaskOptions:
         if self.serializer is not None and self.serializer not in FORMATS:
             message = f"serializer must be one of {sorted(FORMATS)}, got {self.serializer!r}."
             raise ValueError(message)
-        for flag in ("atomic", "takes_context"):
-            if not isinstance(getattr(self, flag), bool):
-                message = f"{flag} must be True or False, got {getattr(self, flag)!r}."
-                raise TypeError(message)
-        if self.database is not None and not isinstance(self.database, str):
-            message = f"database must be an alias of DATABASES, got {self.database!r}."
-            raise TypeError(message)
+        _require("atomic", self.atomic, (bool,), "True or False")
+        _require("takes_context", self.takes_context, (bool,), "True or False")
+        _require("database", self.database, (str, type(None)), "an alias of DATABASES")
         check_eta(self.eta)
 
     def _check_names(self) -> None:
-        if isinstance(self.aliases, str):
-            message = f"aliases must be a list of names, got the string {self.aliases!r}."
-            raise TypeError(message)
+        _require("aliases", self.aliases, (tuple, list), "a list of names")
         object.__setattr__(self, "aliases", tuple(self.aliases))
         for name in (self.name, *self.aliases):
             if name is not None:
@@ -79,15 +73,13 @@ class TaskOptions:
             _require_count("max_retries", self.max_retries)
         if self.retry_delay is not None:
             _require_duration("retry_delay", self.retry_delay)
-        if self.retry is not None and not isinstance(self.retry, RetryStrategy):
-            message = f"retry must be a strategy such as Fixed(3), got {self.retry!r}."
-            raise TypeError(message)
+        _require("retry", self.retry, (RetryStrategy, type(None)), "a strategy such as Fixed(3)")
         if self.retry is not None and (self.max_retries, self.retry_delay) != (None, None):
             message = "Give either retry= or max_retries= and retry_delay=, not both."
             raise ValueError(message)
-        if isinstance(self.retry_on, type):
-            object.__setattr__(self, "retry_on", (self.retry_on,))
-        object.__setattr__(self, "retry_on", exception_names(self.retry_on))
+        given: Any = self.retry_on
+        classes = given if isinstance(given, tuple | list) else (given,)
+        object.__setattr__(self, "retry_on", exception_names(classes))
 
     def using(self, **changes: Any) -> TaskOptions:
         """Return a copy with other options for one call.
@@ -98,7 +90,9 @@ class TaskOptions:
         """
         for word in changes:
             if word in FIXED:
-                message = f"{word} belongs to the function; set it in the decorator, not for a call."
+                message = (
+                    f"{word} belongs to the function; set it in the decorator, not for a call."
+                )
                 raise TypeError(message)
         check_words(changes)
         # A strategy and the two plain words exclude each other, so the later one wins.
@@ -148,6 +142,12 @@ def check_words(words: dict[str, Any]) -> None:
             raise TypeError(message)
 
 
+def _require(word: str, value: Any, kinds: tuple[type, ...], what: str) -> None:
+    if not isinstance(value, kinds):
+        message = f"{word} must be {what}, got {value!r} of type {type(value).__name__}."
+        raise TypeError(message)
+
+
 def check_name(name: Any) -> None:
     """Raise unless ``name`` can be a task's name."""
     if not isinstance(name, str) or not name or len(name) > NAME_LENGTH_MAX:
@@ -162,7 +162,12 @@ def check_queue(queue: Any) -> None:
     if not isinstance(queue, str):
         message = f"queue must be a string, got {queue!r} of type {type(queue).__name__}."
         raise TypeError(message)
-    if not 0 < len(queue) <= QUEUE_LENGTH_MAX or "," in queue or queue == "*" or queue != queue.strip():
+    if (
+        not 0 < len(queue) <= QUEUE_LENGTH_MAX
+        or "," in queue
+        or queue == "*"
+        or queue != queue.strip()
+    ):
         message = (
             f"queue must have 1 to {QUEUE_LENGTH_MAX} characters, no comma and no outer spaces, "
             f"and not be '*', got {queue!r}."

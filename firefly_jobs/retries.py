@@ -28,7 +28,7 @@ from .conf import seconds
 _KINDS: dict[str, type[RetryStrategy]] = {}
 
 
-def exception_names(classes: Iterable[type[BaseException] | str]) -> tuple[str, ...]:
+def exception_names(classes: Iterable[Any]) -> tuple[str, ...]:
     """Return dotted names of exception classes; names pass through.
 
     Names, not classes, because a strategy is stored as JSON and read by a process that
@@ -78,9 +78,7 @@ class RetryStrategy:
             if isinstance(value, timedelta):
                 object.__setattr__(self, name, seconds(value))
         object.__setattr__(self, "retry_on", exception_names(self.retry_on))
-        if not isinstance(self.retries_max, int) or self.retries_max < 0:
-            message = f"retries_max must be 0 or more, got {self.retries_max!r}."
-            raise ValueError(message)
+        _require_count("retries_max", self.retries_max)
 
     def delay_seconds(self, *, task_id: int, attempt: int, error: BaseException) -> float | None:
         """Return the pause before the next attempt, or ``None`` to give up.
@@ -135,6 +133,12 @@ class RetryStrategy:
             )
             raise LookupError(message)
         return _KINDS[kind](**values)
+
+
+def _require_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        message = f"{name} must be a whole number, 0 or more, got {value!r}."
+        raise ValueError(message)
 
 
 def _require_duration(name: str, value: Any) -> None:

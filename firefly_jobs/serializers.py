@@ -22,7 +22,7 @@ import hashlib
 import hmac
 import io
 import json
-import pickle  # noqa: S403 - only ever loads what verify() let through
+import pickle
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from django.apps import apps
 from django.conf import settings as django_settings
 from django.core.exceptions import ObjectDoesNotExist, SynchronousOnlyOperation
+from django.core.signals import setting_changed
 from django.db.models import Model
 
 from .conf import get_settings
@@ -38,7 +39,7 @@ from .exceptions import BadSignature, PayloadError, PayloadTooLargeError
 PARAMS = "params"
 RETURNED = "returned"
 
-_SALT = b"firefly_jobs.serializers"
+_SALT = b"firefly_jobs.serializers\0"
 _MODEL_KEY = "$model"
 
 
@@ -68,7 +69,7 @@ def loads_params(text: str, *, task_name: str) -> tuple[tuple[Any, ...], dict[st
 def dumps_returned(value: Any, *, task_name: str, serializer: str) -> str:
     """Return the text that stores a call's result; errors as for arguments."""
     if value is None:
-        return _none_returned(task_name, serializer, _secrets()[0])
+        return _none_returned(task_name, serializer)
     return _dumps(value, kind=RETURNED, task_name=task_name, serializer=serializer)
 
 
@@ -78,7 +79,7 @@ def loads_returned(text: str, *, task_name: str) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _none_returned(task_name: str, serializer: str, secret: bytes) -> str:  # noqa: ARG001 - cache key
+def _none_returned(task_name: str, serializer: str) -> str:
     # Most tasks return None; their payload is the same text for every call.
     return _dumps(None, kind=RETURNED, task_name=task_name, serializer=serializer)
 
@@ -130,35 +131,45 @@ def _loads(text: str, *, kind: str, task_name: str) -> Any:
 # --- signatures
 
 
-def _secrets() -> list[bytes]:
-    return [
-        secret.encode() if isinstance(secret, str) else secret
-        for secret in (django_settings.SECRET_KEY, *django_settings.SECRET_KEY_FALLBACKS)
+@lru_cache(maxsize=1)
+def _signers() -> tuple[hmac.HMAC, ...]:
+    """Return one keyed HMAC per secret, the current one first; signing copies it.
+
+    ``hmac.digest`` would be one call, but it lets go of the interpreter lock for every
+    payload, which costs a busy consumer more than all of pickling.
+    """
+    secrets = (django_settings.SECRET_KEY, *django_settings.SECRET_KEY_FALLBACKS)
+    keys = [
+        hashlib.sha256(_SALT + (s.encode() if isinstance(s, str) else s)).digest() for s in secrets
     ]
+    return tuple(hmac.new(key, digestmod="sha256") for key in keys)
 
 
-@lru_cache(maxsize=16)
-def _key(secret: bytes) -> bytes:
-    return hashlib.sha256(_SALT + b"\0" + secret).digest()
+def _forget_secrets(*, setting: str, **_: Any) -> None:
+    if setting in {"SECRET_KEY", "SECRET_KEY_FALLBACKS", "FIREFLY_JOBS"}:
+        _signers.cache_clear()
+        _none_returned.cache_clear()
 
 
-def _digest(secret: bytes, name: str, kind: str, task_name: str, body: str) -> str:
-    # hmac.digest is one call into OpenSSL; django.core.signing derives the key anew
-    # for every value, which costs more than pickling a small call.
-    message = f"{name}\0{kind}\0{task_name}\0{body}".encode()
-    return hmac.digest(_key(secret), message, "sha256").hex()
+setting_changed.connect(_forget_secrets, dispatch_uid="firefly_jobs.serializers")
+
+
+def _digest(signer: hmac.HMAC, name: str, kind: str, task_name: str, body: str) -> str:
+    signed = signer.copy()
+    signed.update(f"{name}\0{kind}\0{task_name}\0{body}".encode())
+    return signed.hexdigest()
 
 
 def _sign(name: str, kind: str, task_name: str, body: str) -> str:
     if not get_settings().SIGNING:
         return ""
-    return _digest(_secrets()[0], name, kind, task_name, body)
+    return _digest(_signers()[0], name, kind, task_name, body)
 
 
 def _verify(signature: str, name: str, kind: str, task_name: str, body: str) -> None:
     given = signature.encode()
-    for secret in _secrets():
-        if hmac.compare_digest(given, _digest(secret, name, kind, task_name, body).encode()):
+    for signer in _signers():
+        if hmac.compare_digest(given, _digest(signer, name, kind, task_name, body).encode()):
             return
     message = (
         f"The stored {kind} of {task_name!r} carry no valid signature, so they were not "
@@ -172,26 +183,27 @@ def _verify(signature: str, name: str, kind: str, task_name: str, body: str) -> 
 
 
 def _reference(value: Model) -> tuple[str, str, Any]:
-    if value.pk is None or value._state.adding:  # noqa: SLF001 - how Django marks unsaved rows
+    if value.pk is None or value._state.adding:
         message = (
             f"An unsaved {value._meta.label} cannot be stored, because model instances travel "
             f"as references. Save it first, or pass its field values."
         )
         raise PayloadError(message)
-    return value._meta.label_lower, value._state.db or "default", value.pk  # noqa: SLF001
+    return value._meta.label_lower, value._state.db or "default", value.pk
 
 
 def _dereference(reference: tuple[str, str, Any]) -> Model:
     label, alias, pk = reference
     try:
         model = apps.get_model(label)
-        return model._base_manager.using(alias).get(pk=pk)
+        found: Model = model._base_manager.using(alias).get(pk=pk)
     except ObjectDoesNotExist as error:
         message = f"{label} {pk!r} no longer exists in database {alias!r}."
         raise PayloadError(message) from error
     except LookupError as error:
         message = f"The model {label!r} no longer exists in this project."
         raise PayloadError(message) from error
+    return found
 
 
 # --- formats
@@ -214,7 +226,7 @@ def _pickle_encode(value: Any) -> str:
 
 
 def _pickle_decode(body: str) -> Any:
-    return _Unpickler(io.BytesIO(binascii.a2b_base64(body))).load()  # noqa: S301 - verified by the caller
+    return _Unpickler(io.BytesIO(binascii.a2b_base64(body))).load()
 
 
 def _json_default(value: Any) -> Any:

@@ -35,9 +35,7 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.CREATED: frozenset({Status.RUNNING, Status.BLOCKED, Status.CANCELLED}),
     Status.BLOCKED: frozenset({Status.CREATED, Status.CANCELLED}),
     # Back to created: a retry, a snooze, a release, a rescue.
-    Status.RUNNING: frozenset(
-        {Status.CREATED, Status.COMPLETED, Status.FAILED, Status.CANCELLED}
-    ),
+    Status.RUNNING: frozenset({Status.CREATED, Status.COMPLETED, Status.FAILED, Status.CANCELLED}),
     Status.COMPLETED: frozenset(),
     # Only a person brings an ended row back.
     Status.FAILED: frozenset({Status.CREATED}),

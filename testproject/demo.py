@@ -45,7 +45,10 @@ class DemoDatabase:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo and return its exit code: 0 if every task has ended, else 1."""
+    """Run the demo and return its exit code: 0 if every task has ended.
+
+    It is 1 if one has not, or if a consumer ended with an error.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     paths = list(islice(source_files(options.only), options.limit))
@@ -67,16 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def show(progress: "Progress") -> None:
         bar.show(progress.ended, f"{progress.failed} failed" if progress.failed else "")
 
+    trouble = None
     try:
         rebuild.consume(run, on_progress=show)
     except rebuild.ConsumerStoppedError as error:
-        bar.close()
-        print(error, file=sys.stderr)
-    else:
-        bar.close()
-    is_finished = _report(run, seconds=bar.seconds)
+        trouble = str(error)
+    except KeyboardInterrupt:
+        trouble = "Interrupted."
+    seconds = bar.seconds
+    bar.close()
+    if trouble is not None:
+        print(trouble, file=sys.stderr)
+    is_finished = _report(run, seconds=seconds)
     _print_ways_in(database)
-    return 0 if is_finished else 1
+    return 0 if is_finished and trouble is None else 1
 
 
 def _parser() -> argparse.ArgumentParser:

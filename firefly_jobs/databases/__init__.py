@@ -8,7 +8,7 @@ from importlib import import_module
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
-from .base import Completion, Database, Session
+from .base import Completion, Database, Problem, Session
 
 _CLASSES = {
     "postgresql": ("postgresql", "PostgreSQL"),
@@ -16,7 +16,7 @@ _CLASSES = {
     "sqlite": ("sqlite", "SQLite"),
 }
 
-__all__ = ["Completion", "Database", "Session", "of"]
+__all__ = ["Completion", "Database", "Problem", "Session", "is_supported", "of"]
 
 
 def of(alias: str) -> Database:
@@ -26,6 +26,11 @@ def of(alias: str) -> Database:
         ImproperlyConfigured: If it is of a kind this app does not run on.
     """
     return _make(connections[alias].vendor)
+
+
+def is_supported(alias: str) -> bool:
+    """Whether this app runs on databases of the kind behind ``alias``; connects to nothing."""
+    return connections[alias].vendor in _CLASSES
 
 
 @lru_cache(maxsize=len(_CLASSES))

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from django.db import DatabaseError, Error, InterfaceError, transaction
 
-from ..attempts import Claim
+from firefly_jobs.attempts import Claim
 
 TABLE = "firefly_jobs_taskmodel"
 CLAIM_COLUMNS = (
@@ -34,6 +34,14 @@ class Completion(NamedTuple):
     fence: int
     duration: float
     returned: str
+
+
+class Problem(NamedTuple):
+    """What a system check tells about one connection; ``id`` starts with E or W."""
+
+    id: str
+    message: str
+    hint: str
 
 
 class Session:
@@ -90,7 +98,7 @@ class Database:
 
     def __init__(self) -> None:
         self.complete_sql = (
-            f"UPDATE {TABLE} SET status = 'completed', completed = {self.now}, failed = NULL, "
+            f"UPDATE {TABLE} SET status = 'completed', completed = {self.now}, failed = NULL, "  # noqa: S608 - only our own names are formatted in
             f"duration = %s, returned = %s, error = '' "
             f"WHERE id = %s AND status = 'running' AND fence = %s"
         )
@@ -108,7 +116,7 @@ class Database:
             while True:
                 below = found[-1] if found else 32767
                 cursor.execute(
-                    f"SELECT MAX(priority) FROM {TABLE} "
+                    f"SELECT MAX(priority) FROM {TABLE} "  # noqa: S608 - only our own names are formatted in
                     f"WHERE status = 'created' AND queue = %s AND priority < %s",
                     [queue, below],
                 )
@@ -123,7 +131,7 @@ class Database:
         with connection.cursor() as cursor:
             while True:
                 cursor.execute(
-                    f"SELECT MIN(queue) FROM {TABLE} WHERE status = 'created' AND queue > %s",
+                    f"SELECT MIN(queue) FROM {TABLE} WHERE status = 'created' AND queue > %s",  # noqa: S608 - only our own names are formatted in
                     [found[-1] if found else ""],
                 )
                 (name,) = cursor.fetchone()
@@ -173,7 +181,8 @@ class Database:
 
     def write_transaction(self, connection: Any) -> AbstractContextManager[Any]:
         """Return ``atomic`` for a transaction that is going to write."""
-        return transaction.atomic(using=connection.alias)
+        atomic: AbstractContextManager[Any] = transaction.atomic(using=connection.alias)
+        return atomic
 
     # --- errors
 
@@ -206,7 +215,34 @@ class Database:
             return False
 
     def prepare(self, connection: Any) -> None:
-        """Set up a connection that a consumer keeps for long."""
+        """Set up a connection that a consumer keeps for long, whatever it is used for."""
+
+    def prepare_dispatcher(self, connection: Any) -> None:
+        """Set up a connection that must never wait for long: it answers signals and leases."""
+        self.prepare(connection)
+
+    def is_busy(self, error: BaseException) -> bool:  # noqa: ARG002 - most databases queue writers
+        """Whether ``error`` only says that another writer was faster."""
+        return False
+
+    # --- system checks
+
+    def is_present(self, connection: Any) -> bool:  # noqa: ARG002 - a server always is
+        """Whether there is a database to connect to, which connecting must not create."""
+        return True
+
+    def problems(self, connection: Any) -> list[Problem]:
+        """Return what keeps this app from running well on ``connection``; asks the server."""
+        if not self.can_skip_locked or connection.features.has_select_for_update_skip_locked:
+            return []
+        return [
+            Problem(
+                "E005",
+                f"The server of database {connection.alias!r} has no SELECT ... FOR UPDATE SKIP "
+                f"LOCKED, so consumers cannot claim tasks.",
+                "Upgrade it to MariaDB 10.6 or MySQL 8.0.4 at least.",
+            )
+        ]
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -17,9 +17,7 @@ class DatabaseNow(Now):
 
     def as_mysql(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
         """Render for MySQL and MariaDB."""
-        return Func.as_sql(
-            self, compiler, connection, template="UTC_TIMESTAMP(6)", **extra_context
-        )
+        return Func.as_sql(self, compiler, connection, template="UTC_TIMESTAMP(6)", **extra_context)
 
 
 class SecondsFromNow(Func):

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ..attempts import Claim
-from ..exceptions import ImplicitCommitError
+from firefly_jobs.attempts import Claim
+from firefly_jobs.exceptions import ImplicitCommitError
+
 from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Session
 
 _DEADLOCK, _LOCK_TIMEOUT = 1213, 1205
@@ -51,7 +52,9 @@ class MySQLSession(Session):
             if not self._is_call or not self.connection.in_atomic_block:
                 return send(statement, *args)
             self._touched = True
-            text = statement if isinstance(statement, bytes | bytearray) else str(statement).encode()
+            text = (
+                statement if isinstance(statement, bytes | bytearray) else str(statement).encode()
+            )
             if _COMMITS_IMPLICITLY.match(text):
                 word = text.split(None, 1)[0].decode()
                 message = (
@@ -119,7 +122,7 @@ class MySQL(Database):
         # from the first statement on; see tests/conformance/test_claiming.py.
         with self.write_transaction(connection), connection.cursor() as cursor:
             cursor.execute(
-                f"SELECT {CLAIM_COLUMNS} FROM {TABLE} WHERE status = 'created' AND queue = %s "
+                f"SELECT {CLAIM_COLUMNS} FROM {TABLE} WHERE status = 'created' AND queue = %s "  # noqa: S608 - only our own names are formatted in
                 f"AND priority = %s AND run_at <= {self.now} ORDER BY run_at, id LIMIT %s "
                 f"FOR UPDATE SKIP LOCKED",
                 [queue, priority, limit],
@@ -128,7 +131,7 @@ class MySQL(Database):
             if not rows:
                 return []
             cursor.execute(
-                f"UPDATE {TABLE} SET status = 'running', fence = fence + 1, consumer = %s, "
+                f"UPDATE {TABLE} SET status = 'running', fence = fence + 1, consumer = %s, "  # noqa: S608 - only our own names are formatted in
                 f"started = {self.now} WHERE id IN ({', '.join(['%s'] * len(rows))})",
                 [consumer, *(row.id for row in rows)],
             )
@@ -139,7 +142,7 @@ class MySQL(Database):
         # STRAIGHT_JOIN keeps the outcomes as the driving side: the other order would
         # scan, and lock, the whole table.
         sql = (
-            f"UPDATE JSON_TABLE(%s, '$[*]' COLUMNS (id BIGINT PATH '$[0]', fence INT PATH '$[1]', "
+            f"UPDATE JSON_TABLE(%s, '$[*]' COLUMNS (id BIGINT PATH '$[0]', fence INT PATH '$[1]', "  # noqa: S608 - only our own names are formatted in
             f"duration DOUBLE PATH '$[2]', returned LONGTEXT PATH '$[3]')) o "
             f"STRAIGHT_JOIN {TABLE} t ON t.id = o.id "
             f"SET t.status = 'completed', t.completed = {self.now}, t.failed = NULL, "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ..attempts import Claim
+from firefly_jobs.attempts import Claim
+
 from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Session
 
 _IDLE, _IN_ERROR = 0, 3  # libpq's PGTransactionStatusType
@@ -60,7 +61,7 @@ class PostgreSQL(Database):
         returning = ", ".join(f"t.{column}" for column in CLAIM_COLUMNS.split(", "))
         mark = "" if not_below is None else "AND run_at >= %s "
         sql = (
-            f"UPDATE {TABLE} t SET status = 'running', fence = t.fence + 1, consumer = %s, "
+            f"UPDATE {TABLE} t SET status = 'running', fence = t.fence + 1, consumer = %s, "  # noqa: S608 - only our own names are formatted in
             f"started = STATEMENT_TIMESTAMP() WHERE t.id = ANY(ARRAY("
             f"SELECT id FROM {TABLE} WHERE status = 'created' AND queue = %s AND priority = %s "
             f"AND run_at <= STATEMENT_TIMESTAMP() {mark}"
@@ -76,7 +77,7 @@ class PostgreSQL(Database):
     def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
         """Complete with one UPDATE … FROM unnest()."""
         sql = (
-            f"UPDATE {TABLE} t SET status = 'completed', completed = STATEMENT_TIMESTAMP(), "
+            f"UPDATE {TABLE} t SET status = 'completed', completed = STATEMENT_TIMESTAMP(), "  # noqa: S608 - only our own names are formatted in
             f"failed = NULL, duration = o.duration, returned = o.returned, error = '' "
             f"FROM unnest(%s::bigint[], %s::int[], %s::float8[], %s::text[]) "
             f"AS o(id, fence, duration, returned) "

@@ -5,17 +5,25 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
 
 from django.db import transaction
 
-from ..attempts import Claim
-from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Session
+from firefly_jobs.attempts import Claim
+
+from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Problem, Session
+
+# UPDATE ... RETURNING: https://sqlite.org/lang_returning.html
+_RETURNING_SINCE = (3, 35)
 
 # Matches no row, yet takes the write lock and honours the busy timeout.  Starting with
 # a read and upgrading later would fail at once with SQLITE_BUSY_SNAPSHOT if another
 # connection committed in between (https://sqlite.org/isolation.html).
-_TAKE_WRITE_LOCK = f"UPDATE {TABLE} SET id = id WHERE id = -1"
+_TAKE_WRITE_LOCK = f"UPDATE {TABLE} SET id = id WHERE id = -1"  # noqa: S608 - only our own names are formatted in
+
+_DISPATCHER_TIMEOUT_MS = 1_000
 
 
 @contextmanager
@@ -94,7 +102,7 @@ class SQLite(Database):
     ) -> list[Claim]:
         """Claim with one UPDATE … RETURNING, which takes the write lock as it starts."""
         sql = (
-            f"UPDATE {TABLE} SET status = 'running', fence = fence + 1, consumer = %s, "
+            f"UPDATE {TABLE} SET status = 'running', fence = fence + 1, consumer = %s, "  # noqa: S608 - only our own names are formatted in
             f"started = {self.now} WHERE id IN ("
             f"SELECT id FROM {TABLE} WHERE status = 'created' AND queue = %s AND priority = %s "
             f"AND run_at <= {self.now} ORDER BY run_at, id LIMIT %s) RETURNING {CLAIM_COLUMNS}"
@@ -117,9 +125,55 @@ class SQLite(Database):
         """Take the write lock at BEGIN, so that no later statement fails as busy."""
         return _Immediate(connection)
 
+    def prepare_dispatcher(self, connection: Any) -> None:
+        """Wait a second for the write lock, not the project's timeout: then look around."""
+        with connection.cursor() as cursor:
+            cursor.execute("PRAGMA busy_timeout")
+            (milliseconds,) = cursor.fetchone()
+            cursor.execute(f"PRAGMA busy_timeout = {min(milliseconds, _DISPATCHER_TIMEOUT_MS)}")
+
+    def is_busy(self, error: BaseException) -> bool:
+        """Whether another connection held the write lock for too long."""
+        return self.is_lost(error)
+
     def error_code(self, error: BaseException) -> Any:
         """Return SQLite's primary result code."""
         if not isinstance(error, sqlite3.Error):
             return None
         code = getattr(error, "sqlite_errorcode", None)
         return "" if code is None else code & 0xFF
+
+    def is_present(self, connection: Any) -> bool:
+        """Whether the file is there; SQLite makes an empty one for whoever connects."""
+        if connection.is_in_memory_db():
+            return True
+        name = str(connection.settings_dict["NAME"])
+        return Path(unquote(urlsplit(name).path) if name.startswith("file:") else name).exists()
+
+    def problems(self, connection: Any) -> list[Problem]:
+        """Look at the library's version and at the journal mode of the real connection."""
+        found = super().problems(connection)
+        if sqlite3.sqlite_version_info < _RETURNING_SINCE:
+            found.append(
+                Problem(
+                    "E006",
+                    f"SQLite {sqlite3.sqlite_version} has no UPDATE ... RETURNING, so consumers "
+                    f"cannot claim tasks from database {connection.alias!r}.",
+                    "Run Python with SQLite 3.35 or newer.",
+                )
+            )
+        if not connection.is_in_memory_db() and self._journal_mode(connection) != "wal":
+            found.append(
+                Problem(
+                    "W004",
+                    f"SQLite connection {connection.alias!r} is not in WAL mode, so readers and "
+                    f"the consumer block each other.",
+                    'Add "init_command": "PRAGMA journal_mode=WAL;" to its OPTIONS.',
+                )
+            )
+        return found
+
+    def _journal_mode(self, connection: Any) -> str:
+        with connection.cursor() as cursor:
+            cursor.execute("PRAGMA journal_mode")
+            return str(cursor.fetchone()[0]).lower()

@@ -5,15 +5,16 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from .. import lifecycle, registry, serializers
-from ..attempts import Claim, Outcome, TaskContext
-from ..conf import get_settings
-from ..databases import Completion
-from ..exceptions import CommitUncertain, LaneTimeoutError, StopRequested
+from firefly_jobs import lifecycle, registry, serializers
+from firefly_jobs.attempts import Claim, Outcome, TaskContext
+from firefly_jobs.conf import get_settings
+from firefly_jobs.databases import Completion
+from firefly_jobs.exceptions import CommitUncertain, LaneTimeoutError, StopRequested
 
 if TYPE_CHECKING:
-    from ..databases import Database
-    from ..decorators import BaseTask
+    from firefly_jobs.databases import Database
+    from firefly_jobs.decorators import BaseTask
+
 
 def find_task(claim: Claim) -> BaseTask[Any, Any]:
     """Return the task that ``claim`` names; raises ``TaskNotFoundError``."""

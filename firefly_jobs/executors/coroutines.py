@@ -13,13 +13,14 @@ from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import Error
 
-from .. import databases, lifecycle
-from ..attempts import Claim, Outcome, enter_context, leave_context
-from ..checkpoints import reach
-from ..conf import get_settings
-from ..exceptions import CommitUncertain, LaneTimeoutError, LeaseLost, StopRequested
-from ..reporting import log_lease_lost
-from ..transactions import CallTransaction, run_callbacks
+from firefly_jobs import databases, lifecycle
+from firefly_jobs.attempts import Claim, Outcome, enter_context, leave_context
+from firefly_jobs.checkpoints import reach
+from firefly_jobs.conf import get_settings
+from firefly_jobs.exceptions import CommitUncertain, LeaseLost, StopRequested
+from firefly_jobs.reporting import log_lease_lost
+from firefly_jobs.transactions import CallTransaction, run_callbacks
+
 from . import calls
 from .lanes import LaneBinding, LanePool
 from .threads import Work
@@ -93,9 +94,7 @@ class CoroutineLoop(threading.Thread):
             )
             async with ThreadSensitiveContext(executor=binding):
                 returned = await self._call(task, claim)
-            if binding.timed_out:
-                message = "A query of this task got no database connection in time."
-                raise LaneTimeoutError(message)
+            binding.refuse_if_timed_out()
             reach("called")
             completion = calls.completion(claim, returned, started)
             if task.options.atomic and await self._commit(binding, completion):

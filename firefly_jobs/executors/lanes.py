@@ -20,8 +20,8 @@ from concurrent.futures import Executor, Future
 from queue import SimpleQueue
 from typing import Any
 
-from ..exceptions import LaneTimeoutError
-from ..transactions import CallTransaction
+from firefly_jobs.exceptions import LaneTimeoutError
+from firefly_jobs.transactions import CallTransaction
 
 logger = logging.getLogger("firefly_jobs")
 
@@ -204,6 +204,12 @@ class LaneBinding(Executor):
         for future, _ in backlog:
             if future.set_running_or_notify_cancel():
                 future.set_exception(LaneTimeoutError(message))
+
+    def refuse_if_timed_out(self) -> None:
+        """Raise ``LaneTimeoutError`` if a query got no lane, though the coroutine went on."""
+        if self.timed_out:
+            message = f"A query of {self.holder} got no database connection in time."
+            raise LaneTimeoutError(message)
 
     async def on_lane(self, work: Callable[[CallTransaction], Any]) -> Any:
         """Run ``work`` with the bound lane's transaction and return what it returns."""

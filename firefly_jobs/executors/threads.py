@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Protocol
 
 from django.db import Error
 
-from .. import lifecycle
-from ..attempts import Claim, Outcome, enter_context, leave_context
-from ..checkpoints import reach
-from ..exceptions import CommitUncertain, LeaseLost, StopRequested
-from ..reporting import log_lease_lost
-from ..transactions import CallTransaction, run_callbacks
+from firefly_jobs import lifecycle
+from firefly_jobs.attempts import Claim, Outcome, enter_context, leave_context
+from firefly_jobs.checkpoints import reach
+from firefly_jobs.exceptions import CommitUncertain, LeaseLost, StopRequested
+from firefly_jobs.reporting import log_lease_lost
+from firefly_jobs.transactions import CallTransaction, run_callbacks
+
 from . import calls
 
 if TYPE_CHECKING:
-    from ..databases import Completion
+    from firefly_jobs.databases import Completion
 
 logger = logging.getLogger("firefly_jobs")
 

@@ -6,8 +6,8 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError
 from datetime import timedelta
 
-from ..conf import get_settings
-from ..options import check_queue
+from firefly_jobs.conf import get_settings
+from firefly_jobs.options import check_queue
 
 _AGE = re.compile(r"(\d+)\s*([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}

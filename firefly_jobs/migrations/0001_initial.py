@@ -2,86 +2,209 @@
 
 import django.db.models.deletion
 import django.db.models.functions.comparison
+from django.db import migrations, models
+
 import firefly_jobs.databases.functions
 import firefly_jobs.databases.indexes
-from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
-    dependencies = [
-    ]
+    dependencies = []
 
     operations = [
         migrations.CreateModel(
-            name='ConsumerModel',
+            name="ConsumerModel",
             fields=[
-                ('id', models.BigAutoField(primary_key=True, serialize=False)),
-                ('name', models.CharField(max_length=200, verbose_name='name')),
-                ('queues', models.TextField(verbose_name='queues')),
-                ('started', models.DateTimeField(db_default=firefly_jobs.databases.functions.DatabaseNow(), verbose_name='started')),
-                ('renewed_at', models.DateTimeField(db_default=firefly_jobs.databases.functions.DatabaseNow(), verbose_name='last heartbeat')),
-                ('lease_seconds', models.FloatField(verbose_name='lease in seconds')),
-                ('suspected_at', models.DateTimeField(blank=True, null=True, verbose_name='suspected dead')),
+                ("id", models.BigAutoField(primary_key=True, serialize=False)),
+                ("name", models.CharField(max_length=200, verbose_name="name")),
+                ("queues", models.TextField(verbose_name="queues")),
+                (
+                    "started",
+                    models.DateTimeField(
+                        db_default=firefly_jobs.databases.functions.DatabaseNow(),
+                        verbose_name="started",
+                    ),
+                ),
+                (
+                    "renewed_at",
+                    models.DateTimeField(
+                        db_default=firefly_jobs.databases.functions.DatabaseNow(),
+                        verbose_name="last heartbeat",
+                    ),
+                ),
+                ("lease_seconds", models.FloatField(verbose_name="lease in seconds")),
+                (
+                    "suspected_at",
+                    models.DateTimeField(blank=True, null=True, verbose_name="suspected dead"),
+                ),
             ],
             options={
-                'verbose_name': 'consumer',
-                'verbose_name_plural': 'consumers',
+                "verbose_name": "consumer",
+                "verbose_name_plural": "consumers",
             },
         ),
         migrations.CreateModel(
-            name='TaskModel',
+            name="TaskModel",
             fields=[
-                ('id', models.BigAutoField(primary_key=True, serialize=False)),
-                ('func_name', models.CharField(max_length=200, verbose_name='function')),
-                ('queue', models.CharField(default='default', max_length=100, verbose_name='queue')),
-                ('status', models.CharField(choices=[('created', 'created'), ('blocked', 'blocked'), ('running', 'running'), ('completed', 'completed'), ('failed', 'failed'), ('cancelled', 'cancelled')], default='created', max_length=10, verbose_name='status')),
-                ('priority', models.SmallIntegerField(default=0, verbose_name='priority')),
-                ('created', models.DateTimeField(db_default=firefly_jobs.databases.functions.DatabaseNow(), editable=False, verbose_name='created')),
-                ('not_before', models.DateTimeField(blank=True, null=True, verbose_name='not before')),
-                ('run_at', models.GeneratedField(db_persist=True, expression=django.db.models.functions.comparison.Coalesce('not_before', 'created'), output_field=models.DateTimeField(verbose_name='due'))),
-                ('started', models.DateTimeField(blank=True, null=True, verbose_name='started')),
-                ('completed', models.DateTimeField(blank=True, null=True, verbose_name='completed')),
-                ('failed', models.DateTimeField(blank=True, null=True, verbose_name='failed')),
-                ('duration', models.FloatField(blank=True, null=True, verbose_name='duration')),
-                ('raw_params', models.TextField(db_column='params', verbose_name='stored parameters')),
-                ('raw_returned', models.TextField(blank=True, db_column='returned', null=True, verbose_name='stored result')),
-                ('error', models.TextField(blank=True, db_default='', default='', verbose_name='error')),
-                ('retry_attempts', models.SmallIntegerField(default=0, verbose_name='retries used')),
-                ('retry_delay', models.IntegerField(default=0, verbose_name='retry delay')),
-                ('max_retries', models.SmallIntegerField(default=0, verbose_name='retries at most')),
-                ('retry', models.TextField(blank=True, null=True, verbose_name='retry strategy')),
-                ('fence', models.IntegerField(default=0, verbose_name='fence')),
-                ('consumer', models.BigIntegerField(blank=True, null=True, verbose_name='consumer')),
-                ('rescues', models.SmallIntegerField(default=0, verbose_name='rescues')),
-                ('lost_alone', models.SmallIntegerField(default=0, verbose_name='losses while alone')),
+                ("id", models.BigAutoField(primary_key=True, serialize=False)),
+                ("func_name", models.CharField(max_length=200, verbose_name="function")),
+                (
+                    "queue",
+                    models.CharField(default="default", max_length=100, verbose_name="queue"),
+                ),
+                (
+                    "status",
+                    models.CharField(
+                        choices=[
+                            ("created", "created"),
+                            ("blocked", "blocked"),
+                            ("running", "running"),
+                            ("completed", "completed"),
+                            ("failed", "failed"),
+                            ("cancelled", "cancelled"),
+                        ],
+                        default="created",
+                        max_length=10,
+                        verbose_name="status",
+                    ),
+                ),
+                ("priority", models.SmallIntegerField(default=0, verbose_name="priority")),
+                (
+                    "created",
+                    models.DateTimeField(
+                        db_default=firefly_jobs.databases.functions.DatabaseNow(),
+                        editable=False,
+                        verbose_name="created",
+                    ),
+                ),
+                (
+                    "not_before",
+                    models.DateTimeField(blank=True, null=True, verbose_name="not before"),
+                ),
+                (
+                    "run_at",
+                    models.GeneratedField(
+                        db_persist=True,
+                        expression=django.db.models.functions.comparison.Coalesce(
+                            "not_before", "created"
+                        ),
+                        output_field=models.DateTimeField(verbose_name="due"),
+                    ),
+                ),
+                ("started", models.DateTimeField(blank=True, null=True, verbose_name="started")),
+                (
+                    "completed",
+                    models.DateTimeField(blank=True, null=True, verbose_name="completed"),
+                ),
+                ("failed", models.DateTimeField(blank=True, null=True, verbose_name="failed")),
+                ("duration", models.FloatField(blank=True, null=True, verbose_name="duration")),
+                (
+                    "raw_params",
+                    models.TextField(db_column="params", verbose_name="stored parameters"),
+                ),
+                (
+                    "raw_returned",
+                    models.TextField(
+                        blank=True, db_column="returned", null=True, verbose_name="stored result"
+                    ),
+                ),
+                (
+                    "error",
+                    models.TextField(blank=True, db_default="", default="", verbose_name="error"),
+                ),
+                (
+                    "retry_attempts",
+                    models.SmallIntegerField(default=0, verbose_name="retries used"),
+                ),
+                ("retry_delay", models.IntegerField(default=0, verbose_name="retry delay")),
+                (
+                    "max_retries",
+                    models.SmallIntegerField(default=0, verbose_name="retries at most"),
+                ),
+                ("retry", models.TextField(blank=True, null=True, verbose_name="retry strategy")),
+                ("fence", models.IntegerField(default=0, verbose_name="fence")),
+                (
+                    "consumer",
+                    models.BigIntegerField(blank=True, null=True, verbose_name="consumer"),
+                ),
+                ("rescues", models.SmallIntegerField(default=0, verbose_name="rescues")),
+                (
+                    "lost_alone",
+                    models.SmallIntegerField(default=0, verbose_name="losses while alone"),
+                ),
             ],
             options={
-                'verbose_name': 'task',
-                'verbose_name_plural': 'tasks',
-                'indexes': [firefly_jobs.databases.indexes.StatusIndex(fields=['queue', 'priority', 'run_at', 'id'], name='firefly_claim', statuses=['created']), firefly_jobs.databases.indexes.StatusIndex(fields=['consumer', 'id'], name='firefly_running', statuses=['running']), firefly_jobs.databases.indexes.StatusIndex(fields=['status', 'id'], name='firefly_rare', statuses=['blocked', 'cancelled', 'failed'])],
+                "verbose_name": "task",
+                "verbose_name_plural": "tasks",
+                "indexes": [
+                    firefly_jobs.databases.indexes.StatusIndex(
+                        fields=["queue", "priority", "run_at", "id"],
+                        name="firefly_claim",
+                        statuses=["created"],
+                    ),
+                    firefly_jobs.databases.indexes.StatusIndex(
+                        fields=["consumer", "id"], name="firefly_running", statuses=["running"]
+                    ),
+                    firefly_jobs.databases.indexes.StatusIndex(
+                        fields=["status", "id"],
+                        name="firefly_rare",
+                        statuses=["blocked", "cancelled", "failed"],
+                    ),
+                ],
             },
         ),
         migrations.CreateModel(
-            name='TaskAttempt',
+            name="TaskAttempt",
             fields=[
-                ('id', models.BigAutoField(primary_key=True, serialize=False)),
-                ('number', models.SmallIntegerField(verbose_name='attempt')),
-                ('fence', models.IntegerField(verbose_name='fence')),
-                ('outcome', models.CharField(choices=[('completed', 'completed'), ('retried', 'retried'), ('failed', 'failed'), ('cancelled', 'cancelled'), ('snoozed', 'snoozed'), ('lost', 'lost'), ('released', 'released')], max_length=10, verbose_name='outcome')),
-                ('consumer', models.BigIntegerField(blank=True, null=True, verbose_name='consumer')),
-                ('ended', models.DateTimeField(db_default=firefly_jobs.databases.functions.DatabaseNow(), verbose_name='ended')),
-                ('duration', models.FloatField(blank=True, null=True, verbose_name='duration')),
-                ('error', models.TextField(blank=True, default='', verbose_name='error')),
-                ('traceback', models.TextField(blank=True, default='', verbose_name='traceback')),
-                ('task', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='attempts', to='firefly_jobs.taskmodel', verbose_name='task')),
+                ("id", models.BigAutoField(primary_key=True, serialize=False)),
+                ("number", models.SmallIntegerField(verbose_name="attempt")),
+                ("fence", models.IntegerField(verbose_name="fence")),
+                (
+                    "outcome",
+                    models.CharField(
+                        choices=[
+                            ("completed", "completed"),
+                            ("retried", "retried"),
+                            ("failed", "failed"),
+                            ("cancelled", "cancelled"),
+                            ("snoozed", "snoozed"),
+                            ("lost", "lost"),
+                            ("released", "released"),
+                        ],
+                        max_length=10,
+                        verbose_name="outcome",
+                    ),
+                ),
+                (
+                    "consumer",
+                    models.BigIntegerField(blank=True, null=True, verbose_name="consumer"),
+                ),
+                (
+                    "ended",
+                    models.DateTimeField(
+                        db_default=firefly_jobs.databases.functions.DatabaseNow(),
+                        verbose_name="ended",
+                    ),
+                ),
+                ("duration", models.FloatField(blank=True, null=True, verbose_name="duration")),
+                ("error", models.TextField(blank=True, default="", verbose_name="error")),
+                ("traceback", models.TextField(blank=True, default="", verbose_name="traceback")),
+                (
+                    "task",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE,
+                        related_name="attempts",
+                        to="firefly_jobs.taskmodel",
+                        verbose_name="task",
+                    ),
+                ),
             ],
             options={
-                'verbose_name': 'attempt',
-                'verbose_name_plural': 'attempts',
-                'ordering': ['id'],
+                "verbose_name": "attempt",
+                "verbose_name_plural": "attempts",
+                "ordering": ["id"],
             },
         ),
     ]

@@ -24,6 +24,7 @@ class ProgressBar:
         self._width = 0
         self._started = time.monotonic()
         self._line_due = self._started
+        self._is_full = False
 
     @property
     def seconds(self) -> float:
@@ -32,10 +33,8 @@ class ProgressBar:
 
     def show(self, done: int, note: str = "") -> None:
         """Draw the state; without a terminal at most every few seconds, and at the end."""
-        if not self._redraws:
-            if time.monotonic() < self._line_due and done < self._total:
-                return
-            self._line_due = time.monotonic() + SECONDS_BETWEEN_LINES
+        if not self._redraws and not self._is_line_due(done):
+            return
         line = self._line(done, note)
         if self._redraws:
             # Spaces cover what a longer line left behind.
@@ -50,6 +49,13 @@ class ProgressBar:
         if self._redraws:
             self._out.write("\n")
             self._out.flush()
+
+    def _is_line_due(self, done: int) -> bool:
+        was_full, self._is_full = self._is_full, done >= self._total
+        if was_full or (time.monotonic() < self._line_due and not self._is_full):
+            return False
+        self._line_due = time.monotonic() + SECONDS_BETWEEN_LINES
+        return True
 
     def _line(self, done: int, note: str) -> str:
         share = done / self._total if self._total else 1.0

@@ -157,8 +157,11 @@ def _consume_once(run: Rebuild, on_progress: Callable[[Progress], None], printed
         *(sys.executable, str(settings.BASE_DIR / "manage.py")),
         *("consume_tasks", "--queue", QUEUE, "--burst"),
     ]
-    # The consumer finds the database by the environment, which it inherits.
-    consumer = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
+    # It finds the database by the environment, which it inherits.  In a session of its own it does
+    # not hear Ctrl-C: it is asked to stop once, by us, and finishes what it has started.
+    consumer = subprocess.Popen(  # noqa: S603 - our own command
+        command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
         seen, seen_at = None, time.monotonic()
         while True:

@@ -1,5 +1,6 @@
 """The demo as a newcomer runs it: one command, a table, a database to look into."""
 
+import io
 import os
 import re
 import sqlite3
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from testproject.codeindex.console import ProgressBar
 from testproject.codeindex.library import library_directory, source_files
 from testproject.codeindex.parsing import parse_file
 
@@ -138,6 +140,37 @@ def test_demo_whose_consumer_dies_says_so_and_exits_with_1(tmp_path: Path) -> No
     assert demo.returncode == 1, demo.stdout + demo.stderr
     assert "The consumer ended with exit code -9." in demo.stderr
     assert "10 tasks have not ended." in demo.stdout
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_redrawn_in_place_on_a_terminal() -> None:
+    out = Terminal()
+    bar = ProgressBar(2_000, out=out)
+
+    bar.show(1_000, "1 failed")
+    bar.show(2_000)
+    bar.close()
+
+    first, second = out.getvalue().removeprefix("\r").split("\r")
+    assert first == "[" + "#" * 15 + "." * 15 + "]  50%  1,000 of 2,000  0 s  1 failed"
+    assert second.rstrip() == "[" + "#" * 30 + "] 100%  2,000 of 2,000  0 s"
+    # Nothing of the longer line stays visible, and the next output has a line of its own.
+    assert len(second) == len(first) + len("\n")
+
+
+def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end() -> None:
+    out = io.StringIO()
+    bar = ProgressBar(2, out=out)
+
+    for done in (0, 1, 1, 2, 2):
+        bar.show(done)
+    bar.close()
+
+    assert re.findall(r"\d of \d", out.getvalue()) == ["0 of 2", "2 of 2"]
 
 
 def test_demo_says_when_no_file_matches(tmp_path: Path) -> None:

@@ -32,9 +32,7 @@ class Command(BaseCommand):
             "'*' for all. Default: FIREFLY_JOBS['DEFAULT_QUEUE'].",
         )
         parser.add_argument("--burst", action="store_true", help="Exit when nothing is due.")
-        parser.add_argument(
-            "--max-tasks", type=positive, metavar="N", help="Exit after N tasks."
-        )
+        parser.add_argument("--max-tasks", type=positive, metavar="N", help="Exit after N tasks.")
         parser.add_argument(
             "--shutdown-timeout",
             type=positive_or_zero,

@@ -1,0 +1,22 @@
+"""``manage.py delete_completed_tasks``: delete completed tasks, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from firefly_jobs import lifecycle
+from firefly_jobs.management.ended import EndedTasksCommand
+from firefly_jobs.states import Status
+
+
+class Command(EndedTasksCommand):
+    """Delete completed rows with their history."""
+
+    help = "Delete completed tasks and their history."
+    status = Status.COMPLETED
+    moment = "completed"
+    done = "deleted"
+
+    def change(self, ids: Sequence[int], *, using: str) -> int:
+        """Delete one batch."""
+        return lifecycle.delete(ids, using=using)

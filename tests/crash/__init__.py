@@ -1,0 +1,1 @@
+"""Consumers that are killed, paused, cut off and asked to stop; others must end their work."""

@@ -1,0 +1,259 @@
+"""The tasks that a crash test kills, pauses or interrupts.
+
+Consumers reach them through ``FIREFLY_JOBS["IMPORTS"]``.  An :class:`Effect` is what
+was committed; a line in the file ``calls`` is a call that was made, committed or not.
+A call that has to wait for its test waits for a file.
+"""
+
+import asyncio
+import time
+from pathlib import Path
+
+from django.db import connection, transaction
+
+from firefly_jobs import atask, task
+from tests.support.waiting import eventually
+from tests.testapp.models import Effect
+
+GATE_SECONDS = 60.0
+# A call that has to be interrupted; nobody waits for its end.
+ENDLESS_SECONDS = 120.0
+
+
+def call_made(calls: str, key: str) -> None:
+    """Append a line to the file ``calls``; lines of several processes do not mix."""
+    with Path(calls).open("a", encoding="utf-8") as lines:
+        lines.write(f"{key}\n")
+
+
+def wait_at(gate: str) -> None:
+    """Say in a file beside ``gate`` that the call is here, and wait until ``gate`` exists."""
+    arrived(gate)
+
+    def is_open() -> None:
+        assert Path(gate).exists()
+
+    eventually(is_open, timeout_seconds=GATE_SECONDS)
+
+
+async def await_at(gate: str) -> None:
+    """Wait as :func:`wait_at` does, without holding up the event loop."""
+    arrived(gate)
+    async with asyncio.timeout(GATE_SECONDS):
+        while not Path(gate).exists():  # noqa: ASYNC110, ASYNC240 - another process makes the file
+            await asyncio.sleep(0.01)
+
+
+def arrived(gate: str) -> None:
+    """Say in a file beside ``gate`` that the call has come this far."""
+    Path(f"{gate}.reached").touch()
+
+
+# --- short calls
+
+
+@task
+def write(key: str) -> None:
+    """Write one row."""
+    Effect.objects.create(task_key=key)
+
+
+@atask
+async def awrite(key: str) -> None:
+    """Write one row from a coroutine."""
+    await Effect.objects.acreate(task_key=key)
+
+
+@task
+def touch_nothing(key: str) -> str:
+    """Return without a query."""
+    return key
+
+
+@task
+def write_and_fail(key: str) -> None:
+    """Write one row and raise."""
+    Effect.objects.create(task_key=key)
+    raise ValueError(key)
+
+
+@task
+def write_slowly(key: str, seconds: float) -> None:
+    """Work for a while with the row written and not committed."""
+    Effect.objects.create(task_key=key)
+    time.sleep(seconds)  # noqa: TID251 - the work
+
+
+# --- short calls that are counted
+
+
+@task
+def count(calls: str, key: str) -> None:
+    """Make a call that touches no database and can be counted."""
+    call_made(calls, key)
+
+
+@task
+def count_and_write(calls: str, key: str) -> None:
+    """Make a call that can be counted, and write one row."""
+    call_made(calls, key)
+    Effect.objects.create(task_key=key)
+
+
+@atask
+async def acount_and_write(calls: str, key: str) -> None:
+    """Make a call that can be counted, and write one row from a coroutine."""
+    call_made(calls, key)
+    await Effect.objects.acreate(task_key=key)
+
+
+@atask
+async def acount(calls: str, key: str) -> None:
+    """Make a coroutine that touches no database and can be counted."""
+    call_made(calls, key)
+    await asyncio.sleep(0)
+
+
+@task
+def count_and_fail(calls: str, key: str) -> None:
+    """Make a call that can be counted, and raise."""
+    call_made(calls, key)
+    raise ValueError(key)
+
+
+@task(max_retries=1, retry_delay=0)
+def count_and_fail_once(calls: str, key: str) -> None:
+    """Make a call that can be counted, write one row, and raise the first time."""
+    call_made(calls, key)
+    Effect.objects.create(task_key=key)
+    if Path(calls).read_text(encoding="utf-8").split().count(key) == 1:
+        raise ValueError(key)
+
+
+# --- calls that wait for their test
+
+
+@task
+def wait(calls: str, key: str, gate: str) -> str:
+    """Wait at a gate without a query."""
+    call_made(calls, key)
+    wait_at(gate)
+    return key
+
+
+@atask
+async def await_(calls: str, key: str, gate: str) -> str:
+    """Wait at a gate in a coroutine without a query."""
+    call_made(calls, key)
+    await await_at(gate)
+    return key
+
+
+@task
+def wait_then_write(calls: str, key: str, gate: str) -> None:
+    """Wait at a gate before the first query."""
+    call_made(calls, key)
+    wait_at(gate)
+    Effect.objects.create(task_key=key)
+
+
+@atask
+async def await_then_write(calls: str, key: str, gate: str) -> None:
+    """Wait at a gate in a coroutine before the first query."""
+    call_made(calls, key)
+    await await_at(gate)
+    await Effect.objects.acreate(task_key=key)
+
+
+@task
+def write_then_wait(calls: str, key: str, gate: str) -> None:
+    """Wait at a gate with a row written and not committed."""
+    call_made(calls, key)
+    Effect.objects.create(task_key=key)
+    wait_at(gate)
+
+
+@atask
+async def write_then_await(calls: str, key: str, gate: str) -> None:
+    """Wait at a gate in a coroutine with a row written and not committed."""
+    call_made(calls, key)
+    await Effect.objects.acreate(task_key=key)
+    await await_at(gate)
+
+
+@task
+def write_wait_and_announce(calls: str, key: str, gate: str, announced: str) -> None:
+    """Register an ``on_commit`` callback, write, and wait at a gate."""
+    call_made(calls, key)
+    transaction.on_commit(lambda: call_made(announced, key))
+    Effect.objects.create(task_key=key)
+    wait_at(gate)
+
+
+@atask
+async def write_await_and_announce(calls: str, key: str, gate: str, announced: str) -> None:
+    """Do the same in a coroutine."""
+    call_made(calls, key)
+    await Effect.objects.acreate(task_key=key, note=announced)
+    await _on_commit(announced, key)
+    await await_at(gate)
+
+
+async def _on_commit(announced: str, key: str) -> None:
+    from asgiref.sync import sync_to_async
+
+    await sync_to_async(transaction.on_commit)(lambda: call_made(announced, key))
+
+
+# --- calls that do not end by themselves
+
+
+@task
+def loop(gate: str, *, writes: bool = False) -> None:
+    """Keep Python busy."""
+    if writes:
+        Effect.objects.create(task_key="loop")
+    arrived(gate)
+    end = time.monotonic() + ENDLESS_SECONDS
+    while time.monotonic() < end:
+        pass
+
+
+@task
+def sleep(gate: str, *, writes: bool = False) -> None:
+    """Sleep in C code."""
+    if writes:
+        Effect.objects.create(task_key="sleep")
+    arrived(gate)
+    time.sleep(ENDLESS_SECONDS)  # noqa: TID251 - the call that has to be interrupted
+
+
+@task
+def sleep_in_the_database(gate: str, *, writes: bool = False) -> None:
+    """Wait for the server's answer."""
+    if writes:
+        Effect.objects.create(task_key="sleep_in_the_database")
+    arrived(gate)
+    function = "pg_sleep" if connection.vendor == "postgresql" else "SLEEP"
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT {function}(%s)", [ENDLESS_SECONDS])
+
+
+@atask
+async def asleep(gate: str, *, writes: bool = False) -> None:
+    """Sleep in a coroutine."""
+    if writes:
+        await Effect.objects.acreate(task_key="asleep")
+    arrived(gate)
+    await asyncio.sleep(ENDLESS_SECONDS)
+
+
+@atask
+async def asleep_in_a_thread(gate: str, *, writes: bool = False) -> None:
+    """Sleep in C code on the thread that holds the coroutine's connection."""
+    from asgiref.sync import sync_to_async
+
+    if writes:
+        await Effect.objects.acreate(task_key="asleep_in_a_thread")
+    arrived(gate)
+    await sync_to_async(time.sleep)(ENDLESS_SECONDS)

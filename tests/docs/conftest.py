@@ -1,0 +1,34 @@
+"""The example app of the documentation: a package ``shop`` with one model and its table."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from django.db import connection
+from django.test.utils import modify_settings
+
+from firefly_jobs import registry
+
+PROJECT = Path(__file__).parent / "project"
+
+
+@pytest.fixture
+def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Install the app of the examples; forget its tasks afterwards."""
+    monkeypatch.syspath_prepend(PROJECT)
+    known = dict(registry._tasks)
+    with modify_settings(INSTALLED_APPS={"append": "shop"}):
+        from shop.models import Order
+
+        with connection.schema_editor() as editor:
+            editor.create_model(Order)
+        try:
+            yield
+        finally:
+            with connection.schema_editor() as editor:
+                editor.delete_model(Order)
+            registry._tasks.clear()
+            registry._tasks.update(known)
+            for name in [name for name in sys.modules if name.startswith("shop.tasks")]:
+                del sys.modules[name]

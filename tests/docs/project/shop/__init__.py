@@ -1,0 +1,1 @@
+"""The app that the examples of the documentation belong to; its ``tasks`` are on the pages."""

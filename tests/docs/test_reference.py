@@ -1,0 +1,137 @@
+"""The reference lists what the code has: nothing is missing, nothing is made up."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.management import get_commands, load_command_class
+from django.core.management.base import BaseCommand
+from django.db import models
+
+import firefly_jobs
+from firefly_jobs import conf, exceptions, options, retries, states
+from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskModel
+
+from .pages import DOCS, headings, read, section, table
+
+OUR_COMMANDS = sorted(name for name, app in get_commands().items() if app == "firefly_jobs")
+PACKAGE = Path(firefly_jobs.__file__).parent
+
+
+def _options(command: BaseCommand) -> set[str]:
+    parser = command.create_parser("manage.py", "command")
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    documented = {key: cells[0] for key, cells in table(read("reference/settings.md")).items()}
+    actual = {field.name: f"`{field.default!r}`" for field in dataclasses.fields(conf.Settings)}
+    assert documented == actual
+
+
+def test_every_command_has_a_section() -> None:
+    assert headings(read("reference/commands.md"), 2) == OUR_COMMANDS
+
+
+@pytest.mark.parametrize("name", OUR_COMMANDS)
+def test_every_option_of_a_command_is_documented(name: str) -> None:
+    documented = set(table(section(read("reference/commands.md"), name)))
+    actual = _options(load_command_class("firefly_jobs", name)) - _options(BaseCommand())
+    assert documented == actual
+
+
+def test_every_task_option_is_documented() -> None:
+    documented = set(table(section(read("reference/tasks.md"), "Options")))
+    assert documented == {field.name for field in dataclasses.fields(options.TaskOptions)}
+
+
+def test_the_options_that_using_refuses_are_marked() -> None:
+    rows = table(section(read("reference/tasks.md"), "Options"))
+    assert {name for name, cells in rows.items() if "decorator" in cells[-1]} == options.FIXED
+
+
+def test_every_system_check_is_documented() -> None:
+    source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    actual = set(re.findall(r'"(?:firefly_jobs\.)?([EW]\d{3})"', source))
+    documented = {name.split(".")[-1] for name in table(read("reference/checks.md"))}
+    assert documented == actual
+
+
+def test_every_exception_is_documented() -> None:
+    actual = {
+        name
+        for name, value in vars(exceptions).items()
+        if inspect.isclass(value)
+        and issubclass(value, BaseException)
+        and value.__module__ == exceptions.__name__
+    }
+    assert set(table(read("reference/errors.md"))) == actual
+
+
+@pytest.mark.parametrize("model", [TaskModel, TaskAttempt, ConsumerModel], ids=lambda m: m.__name__)
+def test_every_field_is_documented(model: type[models.Model]) -> None:
+    documented = set(table(section(read("reference/models.md"), model.__name__)))
+    assert documented == {field.name for field in model._meta.fields}
+
+
+def test_every_status_and_outcome_is_documented() -> None:
+    text = read("reference/models.md")
+    assert set(table(section(text, "Status"))) == set(states.Status.values)
+    assert set(table(section(text, "Outcomes"))) == {e.value for e in TaskAttempt.Outcome}
+
+
+def test_every_retry_strategy_is_documented_with_its_arguments() -> None:
+    text = read("reference/retries.md")
+    for name in ("Fixed", "Exponential", "RandomDelay"):
+        strategy = getattr(retries, name)
+        documented = {key: cells[0] for key, cells in table(section(text, name)).items()}
+        assert documented == {f.name: f"`{f.default!r}`" for f in dataclasses.fields(strategy)}
+    kinds = {cls.__name__ for cls in retries._KINDS.values() if cls.__module__ == retries.__name__}
+    assert kinds == {"Fixed", "Exponential", "RandomDelay"}
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    words = set(re.findall(r"[A-Za-z_]+", text))
+    assert set(firefly_jobs._HOME_OF) - words == set()
+
+
+def test_every_field_of_a_log_line_is_documented() -> None:
+    actual: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "extra":
+                actual |= _keys(node.value)
+            is_fields = isinstance(node, ast.FunctionDef) and node.name in {
+                "log_fields",
+                "log_settled",
+            }
+            if is_fields:
+                actual |= _keys(node)
+    assert set(table(section(read("reference/logging.md"), "Fields"))) == actual
+
+
+def _keys(tree: ast.AST) -> set[str]:
+    """Return the texts used as keys in ``tree``: of dictionaries, and where one is set."""
+    found: set[Any] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            found |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            found |= {node.slice.value} if isinstance(node.slice, ast.Constant) else set()
+    return {key for key in found if isinstance(key, str)}
+
+
+def test_the_drawing_and_the_table_of_states_equal_the_code() -> None:
+    text = read("explanation/states.md")
+    actual = {(str(a), str(b)) for a, targets in states.TRANSITIONS.items() for b in targets}
+    drawn = set(re.findall(r"^\s*(\w+) --> (\w+)", text, re.MULTILINE))
+    in_table = {tuple(pair) for pair in re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE)}
+    assert drawn == actual
+    assert in_table == actual
+    ends = set(re.findall(r"^\s*(\w+) --> \[\*\]", text, re.MULTILINE))
+    assert ends == {str(status) for status in states.TERMINAL}

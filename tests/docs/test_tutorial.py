@@ -1,0 +1,73 @@
+"""The tutorial, followed step by step in an empty directory with this Python.
+
+Blocks whose first line is a path are written to that file ("at the end": appended).  Lines of
+``console`` blocks that start with ``$`` are run; the others must be in their output, in
+order, with ``…`` for anything.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .pages import DOCS, Block, blocks
+
+TUTORIAL = DOCS / "tutorial.md"
+SECONDS_MAX = 60
+
+
+def _environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FIREFLY", "DJANGO", "PYTHON"))}
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def _write(block: Block, directory: Path) -> None:
+    first = block.text.splitlines()[0]
+    match = re.match(r"# (\S+\.py)(, at the end)?$", first)
+    assert match, f"line {block.line}: the first line does not name a file"
+    path = directory / match[1]
+    before = path.read_text() if match[2] else ""
+    path.write_text(f"{before}\n{block.text}")
+
+
+def _steps(block: Block) -> list[tuple[str, list[str]]]:
+    """Return each command, which goes on while a double quote is open, and its output."""
+    steps: list[tuple[str, list[str]]] = []
+    for line in block.text.splitlines():
+        if line.startswith("$ "):
+            steps.append((line[2:], []))
+        elif steps[-1][0].count('"') % 2:
+            steps[-1] = (f"{steps[-1][0]}\n{line}", [])
+        else:
+            steps[-1][1].append(line)
+    return steps
+
+
+def _run(command: str, expected: list[str], directory: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=directory,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS_MAX,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    lines = iter(done.stdout.splitlines())
+    for text in expected:
+        pattern = ".*".join(re.escape(part) for part in text.split("…"))
+        assert any(re.fullmatch(pattern, line) for line in lines), f"{text}\n{done.stdout}"
+
+
+@pytest.mark.timeout(240)
+def test_every_step_of_the_tutorial_works(tmp_path: Path) -> None:
+    for block in blocks(TUTORIAL):
+        if block.language == "python":
+            _write(block, tmp_path)
+        for command, expected in _steps(block) if block.language == "console" else []:
+            _run(command, expected, tmp_path)
