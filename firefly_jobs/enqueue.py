@@ -11,7 +11,6 @@ import logging
 from typing import Any
 
 from django.conf import settings as django_settings
-
 from django.db.models.expressions import DatabaseDefault
 
 from . import serializers
@@ -70,7 +69,8 @@ def insert(row: TaskModel, *, using: str | None) -> TaskModel:
         )
         raise ValueError(message)
     row.save(using=alias, force_insert=True)
-    if isinstance(row.created, DatabaseDefault):
+    created: Any = row.created
+    if isinstance(created, DatabaseDefault):
         # MySQL cannot return what an INSERT filled in: read it when somebody asks.
         del row.__dict__["created"]
     logger.debug(

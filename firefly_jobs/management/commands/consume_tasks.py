@@ -14,6 +14,7 @@ from django.db import connections
 from firefly_jobs.autodiscovery import import_tasks
 from firefly_jobs.consumer import Consumer
 from firefly_jobs.management.arguments import add_database, positive, positive_or_zero, queue_list
+from firefly_jobs.models import TaskModel
 
 
 class Command(BaseCommand):
@@ -47,6 +48,12 @@ class Command(BaseCommand):
         using = options["database"]
         if using not in connections:
             message = f"There is no database {using!r} in DATABASES."
+            raise CommandError(message)
+        if TaskModel._meta.db_table not in connections[using].introspection.table_names():
+            message = (
+                f"Database {using!r} has no table of firefly_jobs. Run: manage.py migrate "
+                f"--database {using}"
+            )
             raise CommandError(message)
         _log_to_stderr(options["verbosity"])
         import_tasks()
