@@ -214,6 +214,10 @@ class Consumer:
 
     # --- what executors report (see executors.threads.Work)
 
+    def owner(self) -> int:
+        """Return the consumer's id."""
+        return self._id
+
     def next_sync(self) -> Claim | None:
         """Return the next claim for a sync lane."""
         return self._holdings.next_sync()
@@ -340,7 +344,7 @@ class Consumer:
         connection = connections[self._using]
         connection.ensure_connection()
         if connection.connection is not self._prepared:
-            self._database.prepare_dispatcher(connection)
+            self._database.prepare_dispatcher(connection, self._id)
             self._prepared = connection.connection
 
     def _reconnect(self, error: Exception, pause: float) -> None:

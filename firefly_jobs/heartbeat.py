@@ -88,7 +88,7 @@ class Heartbeat(threading.Thread):
         connection = connections[self._using]
         connection.ensure_connection()
         if connection.connection is not self._prepared:
-            databases.of(self._using).prepare_dispatcher(connection)
+            databases.of(self._using).prepare_dispatcher(connection, self._consumer)
             self._prepared = connection.connection
 
     def _beat(self) -> None:
@@ -120,6 +120,7 @@ class Heartbeat(threading.Thread):
         self._first_looks = looks
 
     def _rescue(self, suspect: ConsumerModel) -> None:
+        lifecycle.end_sessions(suspect, using=self._using)
         settlements = lifecycle.rescue(suspect, using=self._using)
         if settlements is None:
             return

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from django.db import connections
+from django.db import DatabaseError, connections
 from django.db.models import F, QuerySet
 
 from . import databases
@@ -246,6 +246,25 @@ def suspects(*, using: str, besides: int) -> list[ConsumerModel]:
     if late.exists():
         late.update(suspected_at=DatabaseNow())
     return list(others.filter(suspected_at__isnull=False))
+
+
+def end_sessions(suspect: ConsumerModel, *, using: str) -> None:
+    """End the database sessions of a dead consumer, so that its row locks go with it.
+
+    What is not permitted is left to the server, which notices a vanished machine later.
+    """
+    is_silent = ConsumerModel.objects.using(using).filter(
+        pk=suspect.pk, renewed_at=suspect.renewed_at, suspected_at__isnull=False
+    )
+    if not is_silent.exists():
+        return
+    try:
+        ended = databases.of(using).end_sessions(connections[using], suspect.pk)
+    except DatabaseError as error:
+        logger.info("Could not end the sessions of consumer %s: %s", suspect, error)
+    else:
+        if ended:
+            logger.warning("Ended %s database sessions of consumer %s", ended, suspect)
 
 
 def rescue(suspect: ConsumerModel, *, using: str) -> list[Settlement] | None:

@@ -35,10 +35,14 @@ class CallTransaction:
 
     Args:
         using: Alias of the tasks' database.
+        owner: Returns the id of the consumer that this thread works for; another answer
+            than before means that the former one was rescued, sessions and all.
     """
 
-    def __init__(self, using: str) -> None:
+    def __init__(self, using: str, *, owner: Callable[[], int]) -> None:
         self.using = using
+        self._owner = owner
+        self._prepared_for = 0
         self.database = databases.of(using)
         self._connection: Any = None
         self._prepared: Any = None
@@ -62,6 +66,8 @@ class CallTransaction:
     def begin(self, *, atomic: bool) -> None:
         """Get ready for a call; with ``atomic`` inside an entered, unbegun transaction."""
         self._is_call = False
+        if self._prepared is not None and self._prepared_for != self._owner():
+            self.abandon()
         if not atomic:
             self.leave()
         elif self._block is None:
@@ -164,7 +170,8 @@ class CallTransaction:
         if connection.connection is not self._prepared:
             # A lane keeps its connection; CONN_MAX_AGE is about requests.
             connection.close_at = None
-            self.database.prepare(connection)
+            self._prepared_for = self._owner()
+            self.database.prepare(connection, self._prepared_for)
             self._prepared = connection.connection
         block = transaction.atomic(using=self.using)
         with self._session.opening():
@@ -192,6 +199,7 @@ class CallTransaction:
         except Error:
             logger.debug("Closing a broken connection failed", exc_info=True)
         del connections[self.using]
+        self._prepared = None
         self._use_connection()
 
     def close(self) -> None:

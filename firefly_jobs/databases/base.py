@@ -214,12 +214,16 @@ class Database:
         except Error:
             return False
 
-    def prepare(self, connection: Any) -> None:
-        """Set up a connection that a consumer keeps for long, whatever it is used for."""
+    def prepare(self, connection: Any, consumer: int) -> None:
+        """Set up a new connection that ``consumer`` keeps for long, whatever it is used for."""
 
-    def prepare_dispatcher(self, connection: Any) -> None:
+    def prepare_dispatcher(self, connection: Any, consumer: int) -> None:
         """Set up a connection that must never wait for long: it answers signals and leases."""
-        self.prepare(connection)
+        self.prepare(connection, consumer)
+
+    def end_sessions(self, connection: Any, consumer: int) -> int:  # noqa: ARG002 - where possible
+        """End the sessions of a dead consumer, where permitted; return how many."""
+        return 0
 
     def is_busy(self, error: BaseException) -> bool:  # noqa: ARG002 - most databases queue writers
         """Whether ``error`` only says that another writer was faster."""

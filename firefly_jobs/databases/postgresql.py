@@ -11,6 +11,7 @@ from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Session
 
 _IDLE, _IN_ERROR = 0, 3  # libpq's PGTransactionStatusType
 _KEEPALIVE_SECONDS = 30
+_ADVISORY_CLASS = 0x66697265  # "fire"
 
 
 class PostgreSQLSession(Session):
@@ -99,10 +100,33 @@ class PostgreSQL(Database):
         is_libpq = any(cls.__name__ == "OperationalError" for cls in type(error).__mro__)
         return code or ("no connection" if is_libpq else "")
 
-    def prepare(self, connection: Any) -> None:
-        """Ask the server to notice within minutes when this machine vanishes."""
+    def prepare(self, connection: Any, consumer: int) -> None:
+        """Ask the server to notice a vanished machine, and mark the session as ours.
+
+        The mark is a shared advisory lock on the consumer's id, so that a rescuer finds
+        the sessions of the dead.  Behind a pooler the session belongs to everybody: the
+        process id the driver was told is not the server's then, and no mark is set.
+        """
+        driver = connection.connection
+        told = driver.pgconn.backend_pid if hasattr(driver, "pgconn") else driver.get_backend_pid()
         with connection.cursor() as cursor:
             cursor.execute(
                 f"SET tcp_keepalives_idle = {_KEEPALIVE_SECONDS}; "
                 f"SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3"
             )
+            cursor.execute(
+                "SELECT CASE WHEN pg_backend_pid() = %s "
+                "THEN pg_try_advisory_lock_shared(%s, %s) END",
+                [told, _ADVISORY_CLASS, consumer % 2**31],
+            )
+
+    def end_sessions(self, connection: Any, consumer: int) -> int:
+        """End the sessions that carry the dead consumer's mark."""
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT COUNT(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' "
+                "AND classid = %s AND objid = %s AND objsubid = 2 AND pid <> pg_backend_pid() "
+                "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+                [_ADVISORY_CLASS, consumer % 2**31],
+            )
+            return int(cursor.fetchone()[0])

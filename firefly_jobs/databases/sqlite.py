@@ -125,7 +125,7 @@ class SQLite(Database):
         """Take the write lock at BEGIN, so that no later statement fails as busy."""
         return _Immediate(connection)
 
-    def prepare_dispatcher(self, connection: Any) -> None:
+    def prepare_dispatcher(self, connection: Any, consumer: int) -> None:  # noqa: ARG002 - no sessions
         """Wait a second for the write lock, not the project's timeout: then look around."""
         with connection.cursor() as cursor:
             cursor.execute("PRAGMA busy_timeout")

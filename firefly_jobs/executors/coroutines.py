@@ -42,7 +42,7 @@ class CoroutineLoop(threading.Thread):
         self._using = using
         self._database = databases.of(using)
         self._settings = get_settings()
-        self._pool = LanePool(using=using, size=self._settings.ASYNC_CONNECTIONS)
+        self._pool = LanePool(using=using, size=self._settings.ASYNC_CONNECTIONS, owner=work.owner)
         self._running: dict[int, asyncio.Task[None]] = {}
         self._interrupted: set[int] = set()
         self._ready: Future[asyncio.AbstractEventLoop] = Future()

@@ -31,9 +31,10 @@ _Work = tuple["Future[Any]", Callable[[], Any]]
 class Lane(threading.Thread):
     """A thread with a connection that runs what it is given, in order."""
 
-    def __init__(self, *, using: str, name: str) -> None:
+    def __init__(self, *, using: str, name: str, owner: Callable[[], int]) -> None:
         super().__init__(name=name, daemon=True)
         self._using = using
+        self._owner = owner
         self._inbox: SimpleQueue[_Work | None] = SimpleQueue()
         self.transaction: CallTransaction
         self.start()
@@ -48,7 +49,7 @@ class Lane(threading.Thread):
 
     def run(self) -> None:
         """Work until stopped."""
-        self.transaction = CallTransaction(self._using)
+        self.transaction = CallTransaction(self._using, owner=self._owner)
         try:
             while (item := self._inbox.get()) is not None:
                 future, work = item
@@ -69,10 +70,12 @@ class LanePool:
     Args:
         using: Database alias.
         size: Connections at most.
+        owner: Returns the consumer's id.
     """
 
-    def __init__(self, *, using: str, size: int) -> None:
+    def __init__(self, *, using: str, size: int, owner: Callable[[], int]) -> None:
         self._using = using
+        self._owner = owner
         self._size = size
         self._lock = threading.Lock()
         self._free: list[Lane] = []
@@ -84,7 +87,8 @@ class LanePool:
         """Give ``binding`` a lane now, or as soon as one is free."""
         with self._lock:
             if not self._free and len(self._lanes) < self._size:
-                lane = Lane(using=self._using, name=f"firefly-lane-{len(self._lanes) + 1}")
+                name = f"firefly-lane-{len(self._lanes) + 1}"
+                lane = Lane(using=self._using, name=name, owner=self._owner)
                 self._lanes.append(lane)
                 self._free.append(lane)
             if not self._free:

@@ -28,6 +28,9 @@ logger = logging.getLogger("firefly_jobs")
 class Work(Protocol):
     """Where a lane gets claims from and reports to; the consumer's side of the lane."""
 
+    def owner(self) -> int:
+        """Return the consumer's id."""
+
     def next_sync(self) -> Claim | None:
         """Return the next claim to start, waiting for one; ``None`` ends the lane."""
 
@@ -60,7 +63,7 @@ class SyncLane(threading.Thread):
 
     def run(self) -> None:
         """Take claims until there are no more."""
-        transaction = CallTransaction(self._using)
+        transaction = CallTransaction(self._using, owner=self._work.owner)
         try:
             while (claim := self._work.next_sync()) is not None:
                 with self._guard:
