@@ -62,5 +62,5 @@ docs: $(STAMP) ## Test the documentation: snippets, names, links
 
 clean: ## Remove the virtual environment, caches and the demo's database
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist
-	rm -f db.sqlite3 db.sqlite3-wal db.sqlite3-shm
+	rm -f db.sqlite3* demo.sqlite3*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

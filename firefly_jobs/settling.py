@@ -20,7 +20,7 @@ from .attempts import Claim, Outcome, Settlement, decide
 from .conf import get_settings
 from .databases import Completion
 from .exceptions import LeaseLost
-from .reporting import log_lease_lost, log_settled
+from .reporting import log_completed, log_lease_lost, log_settled
 
 FLUSH_SECONDS = 0.05
 BATCH_SIZE = 500
@@ -31,8 +31,8 @@ class Settler:
 
     Args:
         using: Database alias.
-        on_settled: Told of every claim that is settled or lost, with its settlement
-            (``None`` for a lost lease).
+        on_settled: Told of every claim that is settled or lost; with its settlement,
+            unless it simply completed or was lost.
     """
 
     def __init__(
@@ -106,7 +106,9 @@ class Settler:
             if outcome.claim.id in lost:
                 self._lost(outcome.claim, lifecycle.lease_lost(outcome.claim))
             else:
-                self._done(outcome.claim, decide(outcome, max_rescues=0))
+                self._unsettled.discard(outcome.claim.id)
+                log_completed(outcome.claim, outcome.duration)
+                self._on_settled(outcome.claim, None)
 
     def _settle(self, outcome: Outcome, consumer: int) -> None:
         settlement = decide(outcome, max_rescues=get_settings().MAX_RESCUES)

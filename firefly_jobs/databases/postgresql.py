@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -76,17 +77,19 @@ class PostgreSQL(Database):
         return claims
 
     def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
-        """Complete with one UPDATE … FROM unnest()."""
+        """Complete with one UPDATE joined to the outcomes, which travel as one JSON text."""
+        # Arrays for unnest() would be the obvious way; psycopg quotes them element by
+        # element, which costs four times the Python of one json.dumps.
         sql = (
             f"UPDATE {TABLE} t SET status = 'completed', completed = STATEMENT_TIMESTAMP(), "  # noqa: S608 - only our own names are formatted in
             f"failed = NULL, duration = o.duration, returned = o.returned, error = '' "
-            f"FROM unnest(%s::bigint[], %s::int[], %s::float8[], %s::text[]) "
-            f"AS o(id, fence, duration, returned) "
+            f"FROM (SELECT (e->>0)::bigint AS id, (e->>1)::int AS fence, "
+            f"(e->>2)::float8 AS duration, e->>3 AS returned "
+            f"FROM json_array_elements(%s::json) e) o "
             f"WHERE t.id = o.id AND t.status = 'running' AND t.fence = o.fence"
         )
-        columns = [list(column) for column in zip(*completions, strict=True)]
         with connection.cursor() as cursor:
-            cursor.execute(sql, columns)
+            cursor.execute(sql, [json.dumps(completions)])
             return int(cursor.rowcount)
 
     def error_code(self, error: BaseException) -> Any:

@@ -133,11 +133,11 @@ def test_consumer_paused_while_its_outcome_waits_for_the_settler_changes_nothing
 
 def test_consumer_paused_between_outcome_and_commit_keeps_its_task(consume):
     """The row, or the file, is locked by it, so nobody can take the task over."""
+    other = consume("--queue", "another")
+    consumer_id(other)
     row = schedule(tasks.write, "key")
     paused = consume(checkpoint="settling:stop")
     paused.wait_until_stopped()
-    other = consume()
-    consumer_id(other)
     time_passes(3 * LEASE_SECONDS)
     assert TaskModel.objects.get(pk=row.pk).status == "running"
 
@@ -159,8 +159,9 @@ def test_consumer_killed_between_outcome_and_commit_is_rescued_although_it_was_n
     paused = consume(checkpoint="settling:stop")
     paused.wait_until_stopped()
     other = consume()
-    consumer_id(other)
+    other.wait_for_line("consumes")
     time_passes(3 * LEASE_SECONDS)
+    assert not effects()
 
     paused.kill9()
 
@@ -195,10 +196,10 @@ def test_rows_claimed_by_a_consumer_that_does_not_know_it_was_rescued_are_run(co
 def test_task_that_holds_the_write_lock_for_twice_the_lease_is_not_rescued(
     consume, gate, calls, kind
 ):
-    schedule(AFTER_THE_FIRST_QUERY[kind], str(calls), "key", str(gate))
     worker, other = consume(), consume()
-    gate.wait_until_reached()
     ids = {consumer_id(worker), consumer_id(other)}
+    schedule(AFTER_THE_FIRST_QUERY[kind], str(calls), "key", str(gate))
+    gate.wait_until_reached()
 
     time_passes(2 * LEASE_SECONDS)
     gate.open()

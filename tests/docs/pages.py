@@ -13,12 +13,15 @@ How examples are tested:
 
 import ast
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")]
+)
 
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 _MODULE = re.compile(r"# ([a-z_]+(?:/[a-z_]+)+)\.py\b")
@@ -48,10 +51,15 @@ class Block:
         """Arguments of every ``python manage.py`` line, after ``manage.py``."""
         text = self.text.replace("\\\n", " ")
         return [
-            line.removeprefix("$ ").removeprefix("python manage.py ").split("#")[0].split()
+            _words(line.removeprefix("$ ").removeprefix("python manage.py "))
             for line in map(str.strip, text.splitlines())
             if line.removeprefix("$ ").startswith("python manage.py ")
         ]
+
+
+def _words(command: str) -> list[str]:
+    # A line may end inside of quotes, as in 'manage.py shell -c "'.
+    return command.split() if command.count('"') % 2 else shlex.split(command, comments=True)
 
 
 def name_of(page: Path) -> str:
@@ -101,7 +109,9 @@ def anchors(page: Path) -> set[str]:
 def section(text: str, heading: str) -> str:
     """Return what stands below a heading, up to the next one of its level or above."""
     match = re.search(
-        rf"^(#+) `?{re.escape(heading)}`?\s*$(.*?)(?=^\1 |^#{{1,2}} |\Z)", text, re.MULTILINE | re.DOTALL
+        rf"^(#+) `?{re.escape(heading)}`?\s*$(.*?)(?=^\1 |^#{{1,2}} |\Z)",
+        text,
+        re.MULTILINE | re.DOTALL,
     )
     if match is None:
         raise AssertionError(f"There is no section {heading!r}.")
@@ -110,7 +120,9 @@ def section(text: str, heading: str) -> str:
 
 def headings(text: str, level: int) -> list[str]:
     """Return the headings of one level, without backticks."""
-    return [h.replace("`", "").strip() for h in re.findall(rf"^#{{{level}}} (.+)$", text, re.MULTILINE)]
+    return [
+        h.replace("`", "").strip() for h in re.findall(rf"^#{{{level}}} (.+)$", text, re.MULTILINE)
+    ]
 
 
 def table(text: str) -> dict[str, list[str]]:

@@ -130,7 +130,9 @@ def test_the_drawing_and_the_table_of_states_equal_the_code() -> None:
     text = read("explanation/states.md")
     actual = {(str(a), str(b)) for a, targets in states.TRANSITIONS.items() for b in targets}
     drawn = set(re.findall(r"^\s*(\w+) --> (\w+)", text, re.MULTILINE))
-    in_table = {tuple(pair) for pair in re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE)}
+    in_table = {
+        tuple(pair) for pair in re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE)
+    }
     assert drawn == actual
     assert in_table == actual
     ends = set(re.findall(r"^\s*(\w+) --> \[\*\]", text, re.MULTILINE))

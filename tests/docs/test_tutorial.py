@@ -20,7 +20,9 @@ SECONDS_MAX = 60
 
 
 def _environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FIREFLY", "DJANGO", "PYTHON"))}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FIREFLY", "DJANGO", "PYTHON"))
+    }
     return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 

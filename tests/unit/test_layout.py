@@ -238,7 +238,7 @@ def _is_harmless(call: ast.Call, values: dict[str, ast.expr]) -> bool:
     if call.func.attr == "update" and call.args:
         return True  # a dictionary's or a hash's; the ORM's takes keywords only
     if "TaskModel" not in receiver:
-        return bool(re.match(r"(ConsumerModel|TaskAttempt)\b|(\w*values|kwargs|\{.*\})$", receiver))
+        return bool(re.match(r"(ConsumerModel|TaskAttempt)\b|(\w*values|kwargs|lifecycle|\{.*\})$", receiver))
     return "status" in receiver and not re.search("running", receiver, re.I)
 
 

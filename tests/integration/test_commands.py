@@ -1,0 +1,282 @@
+"""Commands that delete or revive ended tasks, on rows as consumers leave them."""
+
+import io
+import subprocess
+import sys
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.core.management import CommandError, call_command
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+
+from firefly_jobs import lifecycle
+from firefly_jobs.databases.functions import SecondsFromNow
+from firefly_jobs.models import TaskAttempt, TaskModel
+from firefly_jobs.states import Status
+
+DELETE_COMPLETED = "delete_completed_tasks"
+DELETE_FAILED = "delete_failed_tasks"
+REVIVE = "mark_failed_tasks_consumable"
+
+pytestmark = pytest.mark.django_db
+
+
+def ended(
+    status: Status = Status.COMPLETED,
+    *,
+    count: int = 1,
+    age: timedelta = timedelta(),
+    using: str = "default",
+    **fields: Any,
+) -> list[TaskModel]:
+    """Write rows that ended ``age`` ago, by the database's clock."""
+    rows = TaskModel.objects.using(using).bulk_create(
+        TaskModel(**({"func_name": "shop.tasks.pay", "raw_params": "", "status": status} | fields))
+        for _ in range(count)
+    )
+    last = TaskModel.objects.using(using).order_by("-pk")[:count]
+    made = list(TaskModel.objects.using(using).filter(pk__in=[row.pk for row in last]))
+    assert len(made) == len(rows)
+    moment = "failed" if status is Status.FAILED else "completed"
+    TaskModel.objects.using(using).filter(pk__in=[row.pk for row in made]).update(
+        **{moment: SecondsFromNow(-age.total_seconds())}
+    )
+    return made
+
+
+def run(command: str, *arguments: str) -> str:
+    out = io.StringIO()
+    call_command(command, *arguments, stdout=out)
+    return out.getvalue()
+
+
+def test_delete_completed_deletes_these_and_nothing_else():
+    ended(count=3)
+    kept = [
+        ended(status)[0].pk
+        for status in (Status.FAILED, Status.CANCELLED, Status.CREATED, Status.RUNNING)
+    ]
+
+    assert run(DELETE_COMPLETED) == "3 completed tasks were deleted.\n"
+
+    assert list(TaskModel.objects.order_by("pk").values_list("pk", flat=True)) == kept
+
+
+def test_delete_failed_takes_the_history_along():
+    (failed,) = ended(Status.FAILED)
+    (completed,) = ended(Status.COMPLETED)
+    for task in (failed, completed):
+        TaskAttempt.objects.create(task=task, number=1, fence=1, outcome="failed")
+
+    assert run(DELETE_FAILED) == "1 failed task was deleted.\n"
+
+    assert [attempt.task_id for attempt in TaskAttempt.objects.all()] == [completed.pk]
+
+
+def test_retries_start_anew_when_a_failed_task_is_made_due_again():
+    (task,) = ended(
+        Status.FAILED, retry_attempts=3, max_retries=3, rescues=2, lost_alone=1, consumer=7
+    )
+    cancelled = ended(Status.CANCELLED)[0]
+
+    assert run(REVIVE) == "1 failed task was made due again.\n"
+
+    task.refresh_from_db()
+    assert (task.status, task.retry_attempts, task.rescues, task.lost_alone) == ("created", 0, 0, 0)
+    assert (task.failed, task.consumer, task.max_retries) == (None, None, 3)
+    assert task in TaskModel.objects.due()
+    cancelled.refresh_from_db()
+    assert cancelled.status == Status.CANCELLED
+
+
+@pytest.mark.parametrize("command", [DELETE_COMPLETED, DELETE_FAILED, REVIVE])
+def test_dry_run_counts_and_changes_nothing(command):
+    ended(Status.COMPLETED, count=2)
+    ended(Status.FAILED, count=2)
+    before = list(TaskModel.objects.order_by("pk").values())
+
+    output = run(command, "--dry-run")
+
+    assert output.startswith("2 ")
+    assert " tasks would be " in output
+    assert list(TaskModel.objects.order_by("pk").values()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ([], []),
+        (["--queue", "*"], []),
+        (["--queue", "mail"], ["default", "slow"]),
+        (["--queue", "mail,slow"], ["default"]),
+        (["--queue", "mail", "--queue", "slow"], ["default"]),
+        (["--queue", "nobody's"], ["default", "mail", "slow"]),
+    ],
+)
+def test_queues_are_chosen_as_for_a_consumer(arguments, kept):
+    for queue in ("default", "mail", "slow"):
+        ended(queue=queue)
+
+    run(DELETE_COMPLETED, *arguments)
+
+    assert sorted(TaskModel.objects.values_list("queue", flat=True)) == kept
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (DELETE_COMPLETED, Status.COMPLETED),
+        (DELETE_FAILED, Status.FAILED),
+        (REVIVE, Status.FAILED),
+    ],
+)
+def test_age_counts_from_the_end_of_the_task_by_the_clock_of_the_database(command, status):
+    (old,) = ended(status, age=timedelta(days=7, seconds=5))
+    (young,) = ended(status, age=timedelta(days=7, seconds=-60))
+    # Scheduled long ago, but that is not what counts.
+    TaskModel.objects.filter(pk=young.pk).update(created=SecondsFromNow(-90 * 86_400))
+
+    assert run(command, "--older-than", "7d").startswith("1 ")
+
+    assert TaskModel.objects.get(pk=young.pk).status == status
+    assert not TaskModel.objects.filter(pk=old.pk, status=status).exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [(DELETE_COMPLETED, "completed"), (REVIVE, "failed")]
+)
+def test_rows_are_changed_in_batches_of_their_own(command, status, monkeypatch):
+    monkeypatch.setattr("firefly_jobs.management.ended.BATCH_SIZE", 10)
+    ended(Status(status), count=25)
+    sizes = []
+    verb = lifecycle.delete if command == DELETE_COMPLETED else lifecycle.retry
+
+    def recorded(ids, *, using):
+        sizes.append(len(ids))
+        return verb(ids, using=using)
+
+    monkeypatch.setattr(lifecycle, verb.__name__, recorded)
+
+    assert run(command).startswith("25 ")
+    assert sizes == [10, 10, 5]
+
+
+def test_statements_stay_as_many_whatever_was_deleted_before(monkeypatch):
+    monkeypatch.setattr("firefly_jobs.management.ended.BATCH_SIZE", 50)
+    ended(count=100)
+    with CaptureQueriesContext(connection) as queries:
+        run(DELETE_COMPLETED)
+
+    selects = [q["sql"] for q in queries if "ORDER BY" in q["sql"] and "LIMIT 50" in q["sql"]]
+    assert len(selects) == 3
+
+
+def test_tasks_that_end_meanwhile_are_left_to_the_next_run(monkeypatch):
+    monkeypatch.setattr("firefly_jobs.management.ended.BATCH_SIZE", 2)
+    ended(count=4)
+    delete = lifecycle.delete
+
+    def delete_while_others_end(ids, *, using):
+        ended(count=1)
+        return delete(ids, using=using)
+
+    monkeypatch.setattr(lifecycle, "delete", delete_while_others_end)
+
+    assert run(DELETE_COMPLETED) == "4 completed tasks were deleted.\n"
+    assert TaskModel.objects.count() == 2
+
+
+def test_task_that_was_revived_meanwhile_is_reported_and_stays(monkeypatch):
+    (task,) = ended(Status.FAILED)
+    delete = lifecycle.delete
+
+    def delete_after_a_person_was_quicker(ids, *, using):
+        lifecycle.retry(ids, using=using)
+        return delete(ids, using=using)
+
+    monkeypatch.setattr(lifecycle, "delete", delete_after_a_person_was_quicker)
+
+    assert run(DELETE_FAILED) == (
+        "0 failed tasks were deleted.\n"
+        "1 changed meanwhile, or were locked, and stay as they are.\n"
+    )
+    assert TaskModel.objects.filter(pk=task.pk).exists()
+
+
+@pytest.mark.django_db(databases=["default", "other"])
+def test_database_option_serves_another_alias():
+    ended(count=1)
+    ended(count=2, using="other")
+
+    assert run(DELETE_COMPLETED, "--database", "other") == "2 completed tasks were deleted.\n"
+
+    assert TaskModel.objects.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--older-than", "7"], "must be a number and a unit"),
+        (["--older-than", "101000w"], "must be 100 years at most"),
+        (["--queue", ""], "a queue needs a name"),
+        (["--database", "nowhere"], "There is no database 'nowhere'"),
+    ],
+)
+def test_wrong_option_is_refused(arguments, message):
+    with pytest.raises(CommandError, match=message):
+        run(DELETE_COMPLETED, *arguments)
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([DELETE_COMPLETED, "--dry-run"], 0),
+        ([DELETE_COMPLETED, "--database", "nowhere"], 2),
+        ([DELETE_FAILED, "--older-than", "soon"], 2),
+        ([REVIVE, "--older-than", "9999w"], 2),
+        # 'other' was never migrated.
+        ([REVIVE, "--database", "other"], 1),
+    ],
+)
+def test_exit_code_tells_success_error_and_usage(arguments, code, tmp_path):
+    environment = {
+        "FIREFLY_TESTING": "1",
+        "FIREFLY_DATABASE": f"sqlite:///{tmp_path / 'commands.sqlite3'}",
+        "PATH": "",
+    }
+    manage = [sys.executable, "manage.py"]
+    subprocess.run([*manage, "migrate", "-v0", "firefly_jobs"], env=environment, check=True)
+
+    finished = subprocess.run(
+        [*manage, *arguments], env=environment, check=False, capture_output=True, text=True
+    )
+
+    assert finished.returncode == code, finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.django_db(transaction=True)
+def test_every_batch_is_a_transaction_of_its_own(monkeypatch):
+    monkeypatch.setattr("firefly_jobs.management.ended.BATCH_SIZE", 2)
+    ended(count=3)
+    seen = []
+    delete = lifecycle.delete
+
+    def failing_second(ids, *, using):
+        assert not connection.in_atomic_block
+        seen.append(ids)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return delete(ids, using=using)
+
+    monkeypatch.setattr(lifecycle, "delete", failing_second)
+    out = io.StringIO()
+
+    with pytest.raises(KeyboardInterrupt):
+        call_command(DELETE_COMPLETED, stdout=out)
+
+    assert out.getvalue() == "2 completed tasks were deleted.\n"
+    assert TaskModel.objects.count() == 1
