@@ -15,7 +15,6 @@ came back short, and once a second by one without the mark.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from time import monotonic
 from typing import Any
 
@@ -26,7 +25,6 @@ from .attempts import Claim
 
 ALL_QUEUES = "*"
 REMEMBER_SECONDS = 1.0
-_MARK_MARGIN = timedelta(seconds=1)
 
 
 class Claimer:
@@ -90,7 +88,7 @@ class Claimer:
             self._marks.pop((queue, priority), None)
             claims += self._ask(queue, priority, limit - len(claims), consumer, None)
         if self._database.needs_low_water_mark and len(claims) == limit:
-            self._marks[queue, priority] = claims[-1].run_at - _MARK_MARGIN
+            self._marks[queue, priority] = claims[-1].run_at
         return claims
 
     def _mark(self, queue: str, priority: int) -> Any:

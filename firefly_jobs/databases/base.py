@@ -157,7 +157,8 @@ class Database:
             priority: The one priority of the range.
             limit: How many at most.
             consumer: Who claims; its ``ConsumerModel`` id.
-            not_below: A ``run_at`` below which nothing is looked for, or ``None``.
+            not_below: The ``run_at`` of a claim; nothing is looked for that was due more than
+                a second before it.  ``None``: look at everything.
 
         Returns:
             The claimed rows in order of ``run_at``, ``id``.

@@ -87,7 +87,7 @@ def stuck_calls():
 
 
 @pytest.mark.parametrize("writes", [False, True], ids=["idle", "writing"])
-@pytest.mark.parametrize(("kind", "number"), stuck_calls())
+@pytest.mark.parametrize(("kind", "number"), list(stuck_calls()))
 def test_call_that_outlasts_the_shutdown_timeout_is_given_back_unspent(
     consume, gate, kind, number, writes
 ):

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,14 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.syspath_prepend(PROJECT)
     known = dict(registry._tasks)
     with modify_settings(INSTALLED_APPS={"append": "shop"}):
-        from shop.models import Order
-
+        order = import_module("shop.models").Order
         with connection.schema_editor() as editor:
-            editor.create_model(Order)
+            editor.create_model(order)
         try:
             yield
         finally:
             with connection.schema_editor() as editor:
-                editor.delete_model(Order)
+                editor.delete_model(order)
             registry._tasks.clear()
             registry._tasks.update(known)
             for name in [name for name in sys.modules if name.startswith("shop.tasks")]:

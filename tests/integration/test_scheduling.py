@@ -215,9 +215,7 @@ def test_a_task_becomes_visible_with_the_data_of_its_transaction():
 @pytest.mark.django_db(transaction=True)
 def test_an_uncommitted_task_is_not_claimed():
     def claim() -> list[Claim]:
-        return lifecycle.claim(
-            using="default", consumer=1, queue="default", priority=0, limit=5
-        )
+        return lifecycle.claim(using="default", consumer=1, queue="default", priority=0, limit=5)
 
     if VENDOR == "sqlite":
         # There is one writer at a time, so the claim waits for the commit.
@@ -502,9 +500,7 @@ def test_already_run_is_false_for_a_claim_that_was_given_back_unstarted():
     assert not already_run()
 
 
-@pytest.mark.parametrize(
-    ("ended", "retries"), [(Ended.RETRIED, 1), (Ended.SNOOZED, 0)]
-)
+@pytest.mark.parametrize(("ended", "retries"), [(Ended.RETRIED, 1), (Ended.SNOOZED, 0)])
 @pytest.mark.django_db(transaction=True)
 def test_already_run_survives_a_later_claim_that_was_given_back_unstarted(ended, retries):
     add.schedule(1)

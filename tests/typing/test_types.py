@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PROGRAM = '''\
+PROGRAM = """\
 from datetime import UTC, datetime, timedelta
 
 from firefly_jobs import Fixed, TaskModel, atask, task
@@ -89,7 +89,7 @@ def takes(sync: Task[[int], int], coroutine: AsyncTask[[int], int], row: TaskMod
     reveal_type(sync(5))  # R: int
     reveal_type(row.params["args"])  # R: Any
     reveal_type(row.cancel())  # R: bool
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,9 @@ def outcome(error: BaseException | None = None, *, claim: Claim = CLAIM, **facts
     return Outcome(claim=claim, duration=1.5, error=error, **facts)
 
 
-def decided(error: BaseException | None = None, *, claim: Claim = CLAIM, **facts: Any) -> Settlement:
+def decided(
+    error: BaseException | None = None, *, claim: Claim = CLAIM, **facts: Any
+) -> Settlement:
     return decide(outcome(error, claim=claim, **facts), max_rescues=MAX_RESCUES)
 
 

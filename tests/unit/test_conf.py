@@ -7,7 +7,7 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
-from firefly_jobs.conf import Settings, _RULES, get_settings, problems, suggestion
+from firefly_jobs.conf import _RULES, Settings, get_settings, problems, suggestion
 
 COUNTS = {"MAX_RETRIES": 0, "MAX_RESCUES": 0}
 POSITIVE_COUNTS = {"MAX_PAYLOAD_BYTES": 1, "ASYNC_SLOTS": 1, "ASYNC_CONNECTIONS": 1}
@@ -104,7 +104,9 @@ def test_all_problems_are_told_at_once():
     ):
         get_settings()
 
-    assert [word in str(caught.value) for word in ("MAX_RETRIES", "SIGNING", "COLOUR")] == [True] * 3
+    assert [word in str(caught.value) for word in ("MAX_RETRIES", "SIGNING", "COLOUR")] == [
+        True
+    ] * 3
 
 
 @pytest.mark.parametrize(("key", "least"), [*COUNTS.items(), *POSITIVE_COUNTS.items()])

@@ -217,7 +217,9 @@ def test_what_a_consumer_could_not_find_or_call_is_refused_with_the_reason(decor
 
 @pytest.mark.parametrize("func", [with_eta, with_eta_only_by_keyword])
 def test_a_parameter_called_eta_is_refused_with_the_reason(func):
-    with pytest.raises(TaskDefinitionError, match=r"schedule\(\) keeps the word 'eta' for the time"):
+    with pytest.raises(
+        TaskDefinitionError, match=r"schedule\(\) keeps the word 'eta' for the time"
+    ):
         task(func)
     assert registry.names() == []
 
@@ -322,5 +324,3 @@ def test_a_task_is_pickled_by_its_name(monkeypatch):
     assert pickle.loads(text) is moved
     assert b"sum" in text
     assert b"test_decorators" not in text
-
-

@@ -64,12 +64,19 @@ def texts(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """Yield the strings that the code uses, f-strings with their holes as ``{}``."""
     docstrings = _docstrings(tree)
     parts = {
-        id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in node.values
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield node, "".join(
-                str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values
+            yield (
+                node,
+                "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "{}"
+                    for part in node.values
+                ),
             )
         elif (
             isinstance(node, ast.Constant)
@@ -94,7 +101,7 @@ WRITERS = (
     "TaskModel", "update", "aupdate", "create", "acreate", "get_or_create", "aget_or_create",
     "update_or_create", "aupdate_or_create",
 )  # fmt: skip
-_SQL_WRITES_STATUS = re.compile(r"\b(UPDATE\b.*\bSET\b|INSERT\s+INTO\b).*\bstatus\b", re.I | re.S)
+_SQL_WRITES_STATUS = re.compile(r"\b(UPDATE\b.*\bSET\b|INSERT\s+INTO\b).*\bstatus\b", re.IGNORECASE | re.DOTALL)
 
 
 def status_writes(tree: ast.AST) -> list[str]:
@@ -238,8 +245,12 @@ def _is_harmless(call: ast.Call, values: dict[str, ast.expr]) -> bool:
     if call.func.attr == "update" and call.args:
         return True  # a dictionary's or a hash's; the ORM's takes keywords only
     if "TaskModel" not in receiver:
-        return bool(re.match(r"(ConsumerModel|TaskAttempt)\b|(\w*values|kwargs|lifecycle|\{.*\})$", receiver))
-    return "status" in receiver and not re.search("running", receiver, re.I)
+        return bool(
+            re.match(
+                r"(ConsumerModel|TaskAttempt)\b|(\w*values|kwargs|lifecycle|\{.*\})$", receiver
+            )
+        )
+    return "status" in receiver and not re.search("running", receiver, re.IGNORECASE)
 
 
 def _resolved(node: ast.expr, values: dict[str, ast.expr], depth: int = 5) -> str:
@@ -251,7 +262,7 @@ def _resolved(node: ast.expr, values: dict[str, ast.expr], depth: int = 5) -> st
     return text
 
 
-_UPDATE = re.compile(r"\bUPDATE\b.*\bSET\b", re.I)
+_UPDATE = re.compile(r"\bUPDATE\b.*\bSET\b", re.IGNORECASE)
 
 
 def unfenced_statements(tree: ast.AST) -> list[str]:
@@ -388,21 +399,25 @@ def test_what_is_due_stale_or_late_is_judged_by_the_clock_of_the_database():
 
     assert found_by(process_clocks, [name for name in JUDGES if name in MODULES]) == []
     # Its own subclass is where Now() may stand.
-    assert [f for f in found_by(process_clocks, homes) if not f.startswith("databases/functions")] == []
+    assert [
+        f for f in found_by(process_clocks, homes) if not f.startswith("databases/functions")
+    ] == []
 
 
 # --- 4. vendors differ only inside databases/
 
-_VENDORS = re.compile(r"\b(postgres(ql)?|psycopg2?|mysql|mariadb|sqlite3?|oracle|MySQLdb|pymysql)\b", re.I)
+_VENDORS = re.compile(
+    r"\b(postgres(ql)?|psycopg2?|mysql|mariadb|sqlite3?|oracle|MySQLdb|pymysql)\b", re.IGNORECASE
+)
 
 
 def vendor_knowledge(tree: ast.AST) -> list[str]:
     """Find questions after the vendor, its drivers, its name, or SQL that is no ORM's."""
     found: list[ast.AST] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in {"vendor", "mysql_is_mariadb"}:
-            found.append(node)
-        elif isinstance(node, ast.FunctionDef) and re.match(r"as_(mysql|sqlite|postgresql)", node.name):
+        if getattr(node, "attr", None) in {"vendor", "mysql_is_mariadb"} or re.match(
+            r"as_(mysql|sqlite|postgresql)$", getattr(node, "name", None) or ""
+        ):
             found.append(node)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
@@ -485,7 +500,9 @@ def test_importing_the_package_imports_no_model_and_needs_no_settings():
     "name", ["Fixed", "Retry", "Snooze", "Cancel", "current_task", "Exponential", "LeaseLost"]
 )
 def test_values_can_be_imported_before_any_model(name):
-    code = f"import sys; from firefly_jobs import {name}; print('firefly_jobs.models' in sys.modules)"
+    code = (
+        f"import sys; from firefly_jobs import {name}; print('firefly_jobs.models' in sys.modules)"
+    )
 
     assert run_python(code) == "False"
 

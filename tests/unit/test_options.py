@@ -168,7 +168,7 @@ def test_retry_on_takes_one_class_as_well():
     assert TaskOptions(retry_on=OSError).retry_on == ("builtins.OSError",)  # type: ignore[arg-type]
 
 
-# --- using()
+# --- copies for one call
 
 
 def test_using_returns_a_copy_and_leaves_the_original():
@@ -187,7 +187,7 @@ def test_using_refuses_what_belongs_to_the_function(word):
 
 
 def test_using_refuses_an_unknown_word_with_a_suggestion():
-    with pytest.raises(TypeError, match="no task option 'que'. Did you mean 'queue'"):
+    with pytest.raises(TypeError, match=r"no task option 'que'\. Did you mean 'queue'"):
         TaskOptions().using(que="mail")
 
 

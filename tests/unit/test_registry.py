@@ -101,7 +101,7 @@ def test_two_functions_cannot_have_one_name():
 def test_an_alias_is_taken_like_a_name(first, second):
     charge = task(**first)(function("charge"))
 
-    with pytest.raises(TaskDefinitionError, match="'old': shop.tasks.charge already is"):
+    with pytest.raises(TaskDefinitionError, match=r"'old': shop\.tasks\.charge already is"):
         task(**second)(function("refund"))
 
     assert registry.find("old") is charge

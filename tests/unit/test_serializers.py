@@ -22,9 +22,14 @@ TASK = "shop.tasks.charge"
 SECRET = "card-4111-1111"
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text().filter(lambda k: k != "$model"), inner),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.text().filter(lambda k: k != "$model"), inner)
+    ),
     max_leaves=10,
 )
 pickle_values = st.recursive(
@@ -98,8 +103,10 @@ def loads(text: str, *, task_name: str = TASK) -> Any:
 
 def is_same(one: Any, other: Any) -> bool:
     """Equal, and of the same types all the way down; -0.0 is not 0.0."""
-    return repr(one) == repr(other) if isinstance(one, float) else (
-        type(one) is type(other) and one == other
+    return (
+        repr(one) == repr(other)
+        if isinstance(one, float)
+        else (type(one) is type(other) and one == other)
     )
 
 

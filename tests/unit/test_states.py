@@ -34,7 +34,7 @@ def test_sources_is_the_table_read_backwards(status):
 
 
 def test_three_states_are_ends():
-    assert TERMINAL == {Status.COMPLETED, Status.FAILED, Status.CANCELLED}
+    assert {Status.COMPLETED, Status.FAILED, Status.CANCELLED} == TERMINAL
     assert [s.value for s in Status if s.is_terminal] == ["completed", "failed", "cancelled"]
 
 
