@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
-from .exceptions import Cancel, ConsumerLost, Retry, Snooze
+from .exceptions import DELAY_SECONDS_MAX, Cancel, ConsumerLost, Retry, Snooze
 from .retries import Fixed, RetryStrategy, fraction
 from .states import Status
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ERROR_LENGTH_MAX = 2_000
 TRACEBACK_LENGTH_MAX = 50_000
 LOST_DELAY_SECONDS = 0.2
+_LOST_GROWTHS_MAX = 6
 
 # From this many losses on a task runs alone, so that the next loss is its own.
 ALONE_AFTER_RESCUES = 2
@@ -64,9 +65,16 @@ class Claim(NamedTuple):
         return self.rescues >= ALONE_AFTER_RESCUES
 
     def strategy(self) -> RetryStrategy:
-        """Return the row's retry strategy; its two columns where it carries none."""
+        """Return the row's retry strategy; its two columns where it carries none.
+
+        The columns decide as well if the strategy cannot be read: a deploy may have
+        removed its class, and a failed task must not fail to be settled over that.
+        """
         if self.retry:
-            return RetryStrategy.from_json(self.retry)
+            try:
+                return RetryStrategy.from_json(self.retry)
+            except Exception:  # noqa: BLE001 - whatever the text or a custom class raises
+                return Fixed(self.max_retries, self.retry_delay)
         return Fixed(self.max_retries, self.retry_delay)
 
 
@@ -112,6 +120,7 @@ class Settlement:
             counted from the database's clock; ``None`` leaves ``not_before`` alone.
         retries / rescues / losses_alone: What the counters grow by.
         error: One line for the row; ``None`` leaves the former one.
+        has_started: Whether the call had started; if not, this was no attempt.
     """
 
     claim: Claim
@@ -125,6 +134,7 @@ class Settlement:
     losses_alone: int = 0
     error: str | None = None
     traceback: str = ""
+    has_started: bool = True
 
 
 def decide(outcome: Outcome, *, max_rescues: int) -> Settlement:
@@ -183,13 +193,17 @@ def decide_rescued(claim: Claim, *, was_alone: bool, consumer: str, max_rescues:
 
 def _decide_lost(outcome: Outcome, max_rescues: int) -> Settlement:
     claim = outcome.claim
-    if claim.rescues >= max_rescues:
-        return _settle(outcome, Ended.FAILED, Status.FAILED, rescues=1, **_report(outcome))
+    # As with rescues: what was lost among others may have been the others' doing.
+    blamed = int(claim.runs_alone)
+    counts = {"rescues": 1, "losses_alone": blamed}
+    if claim.lost_alone + blamed > max_rescues:
+        return _settle(outcome, Ended.FAILED, Status.FAILED, **counts, **_report(outcome))
     # Short, growing, and different for every task: two that met in a deadlock should
     # not meet again.
-    delay = LOST_DELAY_SECONDS * 2**claim.rescues * (0.5 + fraction(claim.id, claim.fence))
+    growth = 2 ** min(claim.rescues, _LOST_GROWTHS_MAX)
+    delay = LOST_DELAY_SECONDS * growth * (0.5 + fraction(claim.id, claim.fence))
     return _settle(
-        outcome, Ended.LOST, Status.CREATED, rescues=1, delay_seconds=delay, **_report(outcome)
+        outcome, Ended.LOST, Status.CREATED, delay_seconds=delay, **counts, **_report(outcome)
     )
 
 
@@ -197,20 +211,27 @@ def _decide_failed(outcome: Outcome, error: BaseException) -> Settlement:
     claim = outcome.claim
     if isinstance(error, Retry) and error.delay_seconds is not None:
         delay = error.delay_seconds if claim.attempt <= claim.max_retries else None
-    elif isinstance(error, Retry):
-        strategy = claim.strategy()
-        delay = (
-            strategy.pause_seconds(task_id=claim.id, attempt=claim.attempt)
-            if claim.attempt <= strategy.retries_max
-            else None
-        )
     else:
-        delay = claim.strategy().delay_seconds(task_id=claim.id, attempt=claim.attempt, error=error)
+        delay = _strategy_delay(claim, error)
     if delay is None:
         return _settle(outcome, Ended.FAILED, Status.FAILED, **_report(outcome))
     return _settle(
         outcome, Ended.RETRIED, Status.CREATED, retries=1, delay_seconds=delay, **_report(outcome)
     )
+
+
+def _strategy_delay(claim: Claim, error: BaseException) -> float | None:
+    """Ask the row's strategy; one that raises or answers nonsense means no pause."""
+    strategy = claim.strategy()
+    if claim.attempt > strategy.retries_max:
+        return None
+    try:
+        if not isinstance(error, Retry) and not strategy.matches(error):
+            return None
+        pause = strategy.pause_seconds(task_id=claim.id, attempt=claim.attempt)
+        return min(max(0.0, float(pause)), DELAY_SECONDS_MAX)
+    except Exception:  # noqa: BLE001 - a custom strategy is user code
+        return 0.0
 
 
 def _settle(outcome: Outcome, ended: Ended, status: Status, **values: Any) -> Settlement:

@@ -22,6 +22,9 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 SETTING = "FIREFLY_JOBS"
+QUEUE_LENGTH_MAX = 100
+RETRIES_MAX = 32_767  # a small integer column
+DURATION_SECONDS_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +68,20 @@ def _is_flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "must be True or False"
 
 
-def _is_count(minimum: int) -> Callable[[Any], str | None]:
+def _is_queue(value: Any) -> str | None:
+    """As ``options.check_queue``; a queue list on a command line is split at commas."""
+    if complaint := _is_text(value):
+        return complaint
+    if len(value) > QUEUE_LENGTH_MAX or "," in value or value == "*":
+        return f"must be 1 to {QUEUE_LENGTH_MAX} characters, without a comma, and not '*'"
+    return "must not have outer spaces" if value != value.strip() else None
+
+
+def _is_count(minimum: int, maximum: int = 2**31 - 1) -> Callable[[Any], str | None]:
     def rule(value: Any) -> str | None:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:
+        if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum:
             return None
-        return f"must be a whole number, {minimum} or more"
+        return f"must be a whole number, {minimum} or more and at most {maximum}"
 
     return rule
 
@@ -78,9 +90,10 @@ def _is_duration(*, positive: bool) -> Callable[[Any], str | None]:
     def rule(value: Any) -> str | None:
         if isinstance(value, int | float | timedelta) and not isinstance(value, bool):
             number = seconds(value)
-            if number > 0 or (number == 0 and not positive):
+            if 0 <= number <= DURATION_SECONDS_MAX and (number > 0 or not positive):
                 return None
-        return f"must be {'more than ' if positive else ''}zero seconds or a timedelta"
+        least = "more than zero" if positive else "zero or more"
+        return f"must be {least} seconds or a timedelta, and at most {DURATION_SECONDS_MAX} s"
 
     return rule
 
@@ -100,8 +113,8 @@ def _is_modules(value: Any) -> str | None:
 
 _RULES: dict[str, Callable[[Any], str | None]] = {
     "DATABASE": _is_text,
-    "DEFAULT_QUEUE": _is_text,
-    "MAX_RETRIES": _is_count(0),
+    "DEFAULT_QUEUE": _is_queue,
+    "MAX_RETRIES": _is_count(0, RETRIES_MAX),
     "RETRY_DELAY": _is_duration(positive=False),
     "CONSUMER_NAP_TIME": _is_duration(positive=True),
     "FAIL_SILENTLY": _is_flag,

@@ -320,7 +320,9 @@ class Consumer:
             if self._tasks_left is not None:
                 self._tasks_left += len(claims)
 
-    def _give_back(self, claim: Claim, *, delay_seconds: float | None = None) -> None:
+    def _give_back(
+        self, claim: Claim, *, has_started: bool, delay_seconds: float | None = None
+    ) -> None:
         """Release a claim that is held, whatever its call is doing."""
         settlement = Settlement(
             claim=claim,
@@ -328,6 +330,7 @@ class Consumer:
             status=Status.CREATED,
             duration=0.0,
             delay_seconds=delay_seconds,
+            has_started=has_started,
         )
         try:
             lifecycle.settle(settlement, using=self._using, consumer=self._id)
@@ -337,7 +340,7 @@ class Consumer:
 
     def _give_back_alone(self, *, delay_seconds: float | None = None) -> None:
         if self._slots.alone is not None:
-            self._give_back(self._slots.alone, delay_seconds=delay_seconds)
+            self._give_back(self._slots.alone, has_started=False, delay_seconds=delay_seconds)
             self._slots.forget_alone()
 
     def _connect(self) -> None:
@@ -402,7 +405,7 @@ class Consumer:
     def _give_back_the_rest(self) -> None:
         self._flush()
         for claim in self._holdings.started():
-            self._give_back(claim)
+            self._give_back(claim, has_started=True)
 
     def _unregister(self) -> None:
         self._reconcile()

@@ -48,10 +48,6 @@ class BadSignature(PayloadError, signing.BadSignature):
     """
 
 
-class TransitionError(ValueError):
-    """A row cannot go from its status to the one asked for."""
-
-
 class TransactionDoomedError(RuntimeError):
     """The call returned, but its transaction was already rolled back or marked so."""
 
@@ -92,6 +88,9 @@ DELAY_SECONDS_MAX = 100 * 365 * 86_400
 
 
 def _delay_seconds(delay: float | timedelta) -> float:
+    if isinstance(delay, bool) or not isinstance(delay, int | float | timedelta):
+        message = f"delay must be seconds or a timedelta, got {delay!r}."
+        raise TypeError(message)
     number = delay.total_seconds() if isinstance(delay, timedelta) else float(delay)
     if not 0 <= number <= DELAY_SECONDS_MAX:
         message = f"delay must be zero or more seconds and at most 100 years, got {delay!r}."

@@ -14,6 +14,8 @@ from time import monotonic
 
 from .attempts import Claim
 
+_Key = tuple[int, int]
+
 # How long a lane waits before it asks again whether the lease is fresh.
 _LEASE_POLL_SECONDS = 0.1
 
@@ -34,9 +36,9 @@ class Holdings:
         self._waiting: deque[tuple[Claim, float]] = deque()
         self._low_mark = 0
         self._is_closed = False
-        self._all: dict[int, Claim] = {}
-        self._lane_calls: dict[int, float] = {}
-        self._coroutines: set[int] = set()
+        self._all: dict[_Key, Claim] = {}
+        self._lane_calls: dict[_Key, float] = {}
+        self._coroutines: set[_Key] = set()
 
     # --- the dispatcher's side
 
@@ -45,7 +47,7 @@ class Holdings:
         now = monotonic()
         with self._lock:
             for claim in claims:
-                self._all[claim.id] = claim
+                self._all[_key(claim)] = claim
                 self._waiting.append((claim, now))
             self._low_mark = len(self._waiting) // 2
             self._lock.notify_all()
@@ -53,13 +55,13 @@ class Holdings:
     def hold_started(self, claim: Claim) -> None:
         """Take over a claim that is handed to the event loop at once."""
         with self._lock:
-            self._all[claim.id] = claim
-            self._coroutines.add(claim.id)
+            self._all[_key(claim)] = claim
+            self._coroutines.add(_key(claim))
 
     def hold_aside(self, claim: Claim) -> None:
         """Take over a claim that is not started before :meth:`hold` is called with it."""
         with self._lock:
-            self._all[claim.id] = claim
+            self._all[_key(claim)] = claim
 
     def take_waiting(self, *, older_than_seconds: float = -1.0) -> list[Claim]:
         """Stop holding the claims that have waited longer, and return them to be released."""
@@ -68,7 +70,7 @@ class Holdings:
             taken = [claim for claim, since in self._waiting if since < limit]
             self._waiting = deque(item for item in self._waiting if item[1] >= limit)
             for claim in taken:
-                self._all.pop(claim.id, None)
+                self._all.pop(_key(claim), None)
         return taken
 
     def close(self) -> None:
@@ -97,16 +99,16 @@ class Holdings:
         """Whether everything is settled."""
         return not self._all
 
-    def ids(self) -> set[tuple[int, int]]:
+    def ids(self) -> set[_Key]:
         """Return ``(id, fence)`` of everything held."""
         with self._lock:
-            return {(claim.id, claim.fence) for claim in self._all.values()}
+            return set(self._all)
 
     def started(self) -> list[Claim]:
         """Return the claims whose calls have started and not returned."""
         with self._lock:
             started = [*self._lane_calls, *self._coroutines]
-            return [self._all[task_id] for task_id in started if task_id in self._all]
+            return [self._all[key] for key in started if key in self._all]
 
     def lane_busy_seconds(self) -> float:
         """Return for how long the oldest sync call has run; 0 if none runs."""
@@ -127,7 +129,7 @@ class Holdings:
                     self._lock.wait()
                 elif self._may_start():
                     claim, _ = self._waiting.popleft()
-                    self._lane_calls[claim.id] = monotonic()
+                    self._lane_calls[_key(claim)] = monotonic()
                     if len(self._waiting) <= self._low_mark:
                         self._is_low()
                     return claim
@@ -143,9 +145,13 @@ class Holdings:
         """Stop holding a claim: it is settled, or its lease was lost."""
         with self._lock:
             self._forget_call(claim)
-            if self._all.get(claim.id) is claim:
-                del self._all[claim.id]
+            self._all.pop(_key(claim), None)
 
     def _forget_call(self, claim: Claim) -> None:
-        self._lane_calls.pop(claim.id, None)
-        self._coroutines.discard(claim.id)
+        self._lane_calls.pop(_key(claim), None)
+        self._coroutines.discard(_key(claim))
+
+
+def _key(claim: Claim) -> _Key:
+    # With the fence: a row that was lost and claimed again is held twice for a while.
+    return claim.id, claim.fence

@@ -18,9 +18,10 @@ from django.utils.translation import gettext_lazy as _
 
 from . import serializers
 from .attempts import Ended
+from .conf import QUEUE_LENGTH_MAX
 from .databases.functions import DatabaseNow
 from .databases.indexes import StatusIndex
-from .options import NAME_LENGTH_MAX, QUEUE_LENGTH_MAX
+from .options import NAME_LENGTH_MAX
 from .states import Status
 
 
@@ -136,7 +137,10 @@ class TaskModel(models.Model):
     @property
     def already_run(self) -> bool:
         """Whether any attempt at this call has started."""
-        return self.started is not None or self.retry_attempts > 0 or self.rescues > 0
+        if self.started is not None or self.retry_attempts > 0 or self.rescues > 0:
+            return True
+        # Claimed once more, but given back before it started: then history tells.
+        return self.fence > 1 and self.attempts.exists()
 
     def cancel(self) -> bool:
         """Cancel this call if it has not started; return whether it was cancelled."""
@@ -160,7 +164,7 @@ class TaskAttempt(models.Model):
     task = models.ForeignKey(
         TaskModel, on_delete=models.CASCADE, related_name="attempts", verbose_name=_("task")
     )
-    number = models.SmallIntegerField(_("attempt"))
+    number = models.IntegerField(_("attempt"))
     fence = models.IntegerField(_("fence"))
     outcome = models.CharField(
         _("outcome"), max_length=10, choices=[(e.value, _(e.value)) for e in Ended]

@@ -17,12 +17,18 @@ from typing import Any
 
 from django.utils import timezone
 
-from .conf import get_settings, seconds, suggestion
+from .conf import (
+    DURATION_SECONDS_MAX,
+    QUEUE_LENGTH_MAX,
+    RETRIES_MAX,
+    get_settings,
+    seconds,
+    suggestion,
+)
 from .retries import Fixed, RetryStrategy, exception_names
 from .serializers import FORMATS
 
 PRIORITY_MIN, PRIORITY_MAX = -100, 100
-QUEUE_LENGTH_MAX = 100
 NAME_LENGTH_MAX = 200
 
 # What belongs to the function and not to one call of it: refused by using().
@@ -53,6 +59,7 @@ class TaskOptions:
         _check_priority(self.priority)
         if self.queue is not None:
             check_queue(self.queue)
+        _require("serializer", self.serializer, (str, type(None)), f"one of {sorted(FORMATS)}")
         if self.serializer is not None and self.serializer not in FORMATS:
             message = f"serializer must be one of {sorted(FORMATS)}, got {self.serializer!r}."
             raise ValueError(message)
@@ -77,9 +84,7 @@ class TaskOptions:
         if self.retry is not None and (self.max_retries, self.retry_delay) != (None, None):
             message = "Give either retry= or max_retries= and retry_delay=, not both."
             raise ValueError(message)
-        given: Any = self.retry_on
-        classes = given if isinstance(given, tuple | list) else (given,)
-        object.__setattr__(self, "retry_on", exception_names(classes))
+        object.__setattr__(self, "retry_on", exception_names(self.retry_on))
 
     def using(self, **changes: Any) -> TaskOptions:
         """Return a copy with other options for one call.
@@ -162,15 +167,11 @@ def check_queue(queue: Any) -> None:
     if not isinstance(queue, str):
         message = f"queue must be a string, got {queue!r} of type {type(queue).__name__}."
         raise TypeError(message)
-    if (
-        not 0 < len(queue) <= QUEUE_LENGTH_MAX
-        or "," in queue
-        or queue == "*"
-        or queue != queue.strip()
-    ):
+    is_well_formed = queue == queue.strip() and "\0" not in queue and "," not in queue
+    if not 0 < len(queue) <= QUEUE_LENGTH_MAX or not is_well_formed or queue == "*":
         message = (
-            f"queue must have 1 to {QUEUE_LENGTH_MAX} characters, no comma and no outer spaces, "
-            f"and not be '*', got {queue!r}."
+            f"queue must have 1 to {QUEUE_LENGTH_MAX} characters, no comma, no NUL and no outer "
+            f"spaces, and not be '*', got {queue!r}."
         )
         raise ValueError(message)
 
@@ -206,8 +207,8 @@ def _require_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         message = f"{name} must be a whole number, got {value!r}."
         raise TypeError(message)
-    if not 0 <= value <= 32767:  # noqa: PLR2004 - a small integer column
-        message = f"{name} must be between 0 and 32767, got {value}."
+    if not 0 <= value <= RETRIES_MAX:
+        message = f"{name} must be between 0 and {RETRIES_MAX}, got {value}."
         raise ValueError(message)
 
 
@@ -215,6 +216,8 @@ def _require_duration(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | timedelta):
         message = f"{name} must be seconds or a timedelta, got {value!r}."
         raise TypeError(message)
-    if not 0 <= seconds(value) <= 2**31 - 1:
-        message = f"{name} must be zero or more seconds, at most 2147483647, got {value!r}."
+    if not 0 <= seconds(value) <= DURATION_SECONDS_MAX:
+        message = (
+            f"{name} must be zero or more seconds, at most {DURATION_SECONDS_MAX}, got {value!r}."
+        )
         raise ValueError(message)

@@ -47,10 +47,11 @@ def find(name: str) -> BaseTask[Any, Any]:
         return _tasks[name]
     except KeyError:
         module = name.rpartition(".")[0]
+        where = f"make sure {module!r}" if module else "make sure the module that defines it"
         message = (
             f"No task named {name!r} is registered in this process.{suggestion(name, _tasks)} "
             f"If it was moved, keep the old name working with @task(aliases=[{name!r}]); if it "
-            f"is new, make sure {module!r} is imported when the consumer starts."
+            f"is new, {where} is imported when the consumer starts."
         )
         raise TaskNotFoundError(message) from None
 

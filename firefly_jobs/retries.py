@@ -17,25 +17,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, ClassVar
 
-from .conf import seconds
+from .conf import DURATION_SECONDS_MAX, RETRIES_MAX, seconds
 
 _KINDS: dict[str, type[RetryStrategy]] = {}
 
 
-def exception_names(classes: Iterable[Any]) -> tuple[str, ...]:
+def exception_names(classes: Any) -> tuple[str, ...]:
     """Return dotted names of exception classes; names pass through.
 
     Names, not classes, because a strategy is stored as JSON and read by a process that
     must not import a module only because a row mentions it.
     """
     names = []
-    for item in classes:
+    given = classes if isinstance(classes, tuple | list | set | frozenset) else (classes,)
+    for item in given:
         if isinstance(item, str):
             names.append(item)
         elif isinstance(item, type) and issubclass(item, BaseException):
@@ -68,7 +69,12 @@ class RetryStrategy:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not cls.kind or _KINDS.setdefault(cls.kind, cls).__qualname__ != cls.__qualname__:
+        other = _KINDS.get(cls.kind)
+        is_taken = other is not None and (other.__module__, other.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        )
+        if not cls.kind or is_taken:
             message = f"{cls.__name__} needs a 'kind' of its own, got {cls.kind!r}."
             raise TypeError(message)
         _KINDS[cls.kind] = cls
@@ -110,8 +116,8 @@ class RetryStrategy:
 
     def matches(self, error: BaseException) -> bool:
         """Whether ``error`` is one of ``retry_on``, or a subclass of one."""
-        names = exception_names(type(error).__mro__[:-1])
-        return not self.retry_on or any(name in self.retry_on for name in names)
+        names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(error).__mro__}
+        return not self.retry_on or not names.isdisjoint(exception_names(self.retry_on))
 
     def to_json(self) -> str:
         """Return the strategy as text for a row."""
@@ -136,14 +142,18 @@ class RetryStrategy:
 
 
 def _require_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        message = f"{name} must be a whole number, 0 or more, got {value!r}."
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= RETRIES_MAX:
+        message = f"{name} must be 0 or more and at most {RETRIES_MAX}, got {value!r}."
         raise ValueError(message)
 
 
 def _require_duration(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        message = f"{name} must be zero or more seconds, or a timedelta, got {value!r}."
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= DURATION_SECONDS_MAX:
+        message = (
+            f"{name} must be zero or more seconds, or a timedelta, and at most "
+            f"{DURATION_SECONDS_MAX} s, got {value!r}."
+        )
         raise ValueError(message)
 
 
@@ -195,8 +205,8 @@ class Exponential(RetryStrategy):
         super().__post_init__()
         _require_duration("base_delay", self.base_delay)
         _require_duration("max_delay", self.max_delay)
-        if self.factor < 1:
-            message = f"factor must be 1 or more, got {self.factor!r}."
+        if not 1 <= self.factor < math.inf:
+            message = f"factor must be 1 or more, and finite, got {self.factor!r}."
             raise ValueError(message)
         if not 0 <= self.jitter_ratio <= 1:
             message = f"jitter_ratio must be between 0 and 1, got {self.jitter_ratio!r}."

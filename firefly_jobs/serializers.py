@@ -41,6 +41,8 @@ RETURNED = "returned"
 
 _SALT = b"firefly_jobs.serializers\0"
 _MODEL_KEY = "$model"
+_LABELS = {PARAMS: "arguments", RETURNED: "results"}
+_REMEDIES = {"json": ", or use serializer='pickle'"}
 
 
 def dumps_params(
@@ -78,6 +80,11 @@ def loads_returned(text: str, *, task_name: str) -> Any:
     return _loads(text, kind=RETURNED, task_name=task_name)
 
 
+def format_of(text: str) -> str:
+    """Return the name of the serializer that wrote a stored payload."""
+    return text.partition(":")[0]
+
+
 @lru_cache(maxsize=1024)
 def _none_returned(task_name: str, serializer: str) -> str:
     # Most tasks return None; their payload is the same text for every call.
@@ -90,10 +97,11 @@ def _dumps(value: Any, *, kind: str, task_name: str, serializer: str) -> str:
     except (PayloadError, SynchronousOnlyOperation):
         raise
     except Exception as error:  # whatever a value's own __reduce__ raises
-        what = "An argument" if kind == PARAMS else "The result"
+        what = _culprit(value, serializer) if kind == PARAMS else "The result"
         message = (
-            f"{what} of {task_name!r} cannot be stored with serializer {serializer!r}: "
-            f"{type(error).__name__}: {error}. Pass plain values, or an id to load the object by."
+            f"{what} of {task_name!r} cannot be stored with serializer {serializer!r} "
+            f"({type(error).__name__}). Pass plain values, or an id to load the object by"
+            f"{_REMEDIES.get(serializer, '')}."
         )
         raise PayloadError(message) from error
     limit = get_settings().MAX_PAYLOAD_BYTES
@@ -108,21 +116,44 @@ def _dumps(value: Any, *, kind: str, task_name: str, serializer: str) -> str:
     return f"{serializer}:{_sign(serializer, kind, task_name, body)}:{body}"
 
 
+def _culprit(value: Any, serializer: str) -> str:
+    """Name the argument that cannot be stored, and its type; never its content."""
+    args, kwargs = value
+    for name, argument in [*enumerate(args, start=1), *kwargs.items()]:
+        try:
+            FORMATS[serializer].encode(argument)
+        except Exception:  # noqa: BLE001 - whatever a value's own __reduce__ raises
+            label = f"number {name}" if isinstance(name, int) else repr(name)
+            return f"Argument {label} (a {type(argument).__name__})"
+    return "An argument"
+
+
 def _loads(text: str, *, kind: str, task_name: str) -> Any:
     name, _, rest = text.partition(":")
     signature, _, body = rest.partition(":")
     if name not in FORMATS:
-        message = f"The {kind} of {task_name!r} are stored in the unknown format {name[:20]!r}."
+        message = (
+            f"The stored {_LABELS[kind]} of {task_name!r} have the unknown format {name[:20]!r}."
+        )
         raise PayloadError(message)
-    if get_settings().SIGNING:
+    settings = get_settings()
+    if settings.SIGNING:
         _verify(signature, name, kind, task_name, body)
+    elif name == "pickle" and settings.SERIALIZER != "pickle":
+        message = (
+            f"The stored {_LABELS[kind]} of {task_name!r} are pickled and unsigned, so they were "
+            f"not decoded: with SIGNING off, only the format named by SERIALIZER is read if it "
+            f"can run code. Turn SIGNING on."
+        )
+        raise BadSignature(message)
     try:
         return FORMATS[name].decode(body)
     except (PayloadError, SynchronousOnlyOperation):
         raise
     except Exception as error:  # unpickling runs the code of whatever was stored
         message = (
-            f"The {kind} of {task_name!r} cannot be read: {type(error).__name__}: {error}. "
+            f"The stored {_LABELS[kind]} of {task_name!r} cannot be read "
+            f"({type(error).__name__}). "
             f"A class they refer to may have been moved, or changed since they were stored."
         )
         raise PayloadError(message) from error
@@ -172,8 +203,8 @@ def _verify(signature: str, name: str, kind: str, task_name: str, body: str) -> 
         if hmac.compare_digest(given, _digest(signer, name, kind, task_name, body).encode()):
             return
     message = (
-        f"The stored {kind} of {task_name!r} carry no valid signature, so they were not "
-        f"decoded. They were changed or moved in the database, or signed with another "
+        f"The stored {_LABELS[kind]} of {task_name!r} carry no valid signature, so they were "
+        f"not decoded. They were changed or moved in the database, or signed with another "
         f"SECRET_KEY: add the former key to SECRET_KEY_FALLBACKS."
     )
     raise BadSignature(message)
@@ -196,12 +227,13 @@ def _dereference(reference: tuple[str, str, Any]) -> Model:
     label, alias, pk = reference
     try:
         model = apps.get_model(label)
-        found: Model = model._base_manager.using(alias).get(pk=pk)
-    except ObjectDoesNotExist as error:
-        message = f"{label} {pk!r} no longer exists in database {alias!r}."
-        raise PayloadError(message) from error
     except LookupError as error:
         message = f"The model {label!r} no longer exists in this project."
+        raise PayloadError(message) from error
+    try:
+        found: Model = model._base_manager.using(alias).get(pk=pk)
+    except ObjectDoesNotExist as error:
+        message = f"{model._meta.label} {pk!r} no longer exists in database {alias!r}."
         raise PayloadError(message) from error
     return found
 

@@ -43,7 +43,7 @@ class Settler:
         self._database = databases.of(using)
         self._outcomes: deque[Outcome] = deque()
         self._oldest_at = 0.0
-        self._unsettled: set[int] = set()
+        self._unsettled: set[Claim] = set()
         self.is_urgent = False
 
     def __len__(self) -> int:
@@ -76,12 +76,12 @@ class Settler:
                 self._settle_batch(batch, consumer)
             except BaseException:
                 self._outcomes.extendleft(
-                    outcome for outcome in reversed(batch) if outcome.claim.id in self._unsettled
+                    outcome for outcome in reversed(batch) if outcome.claim in self._unsettled
                 )
                 raise
 
     def _settle_batch(self, batch: list[Outcome], consumer: int) -> None:
-        self._unsettled = {outcome.claim.id for outcome in batch}
+        self._unsettled = {outcome.claim for outcome in batch}
         returned = [outcome for outcome in batch if outcome.error is None]
         if returned:
             self._complete(returned, consumer)
@@ -94,7 +94,7 @@ class Settler:
             Completion(o.claim.id, o.claim.fence, o.duration, o.returned or "") for o in outcomes
         ]
         try:
-            lost = {c.id for c in lifecycle.complete_many(completions, using=self._using)}
+            missed = lifecycle.complete_many(completions, using=self._using)
         except Error as error:
             if self._database.is_lost(error):
                 raise
@@ -102,11 +102,12 @@ class Settler:
             for outcome in outcomes:
                 self._settle(outcome, consumer)
             return
+        lost = {(c.id, c.fence) for c in missed}
         for outcome in outcomes:
-            if outcome.claim.id in lost:
+            if (outcome.claim.id, outcome.claim.fence) in lost:
                 self._lost(outcome.claim, lifecycle.lease_lost(outcome.claim))
             else:
-                self._unsettled.discard(outcome.claim.id)
+                self._unsettled.discard(outcome.claim)
                 log_completed(outcome.claim, outcome.duration)
                 self._on_settled(outcome.claim, None)
 
@@ -129,7 +130,7 @@ class Settler:
         self._done(outcome.claim, settlement)
 
     def _lost(self, claim: Claim, event: LeaseLost) -> None:
-        self._unsettled.discard(claim.id)
+        self._unsettled.discard(claim)
         # No row matched: another consumer has it, or the answer of our own earlier
         # statement never arrived.
         if not lifecycle.was_settled(claim, using=self._using):
@@ -137,6 +138,6 @@ class Settler:
         self._on_settled(claim, None)
 
     def _done(self, claim: Claim, settlement: Settlement) -> None:
-        self._unsettled.discard(claim.id)
+        self._unsettled.discard(claim)
         log_settled(settlement)
         self._on_settled(claim, settlement)

@@ -95,7 +95,7 @@ class Slots:
 
     def forget_alone(self, claim: Claim | None = None) -> None:
         """Take note that the task that ran alone has ended, or was given back."""
-        if self.alone is not None and (claim is None or claim.id == self.alone.id):
+        if self.alone is not None and (claim is None or claim == self.alone):
             self.alone = None
             self._is_alone_started = False
 

@@ -68,6 +68,9 @@ class CallTransaction:
         self._is_call = False
         if self._prepared is not None and self._prepared_for != self._owner():
             self.abandon()
+        if self._connection.savepoint_ids or len(self._connection.atomic_blocks) > 1:
+            # The last call entered a block that it never left.
+            self.abandon()
         if not atomic:
             self.leave()
         elif self._block is None:
@@ -145,17 +148,13 @@ class CallTransaction:
             return True
         try:
             if self._connection.closed_in_transaction:
+                # By the task itself, so nothing is wrong with the server.
                 self.abandon()
-                return False
-            self._session.rollback()
+            else:
+                self._session.rollback()
         except Error:
             self.abandon()
             return False
-        if self._connection.savepoint_ids or len(self._connection.atomic_blocks) > 1:
-            self.abandon()
-        else:
-            self._connection.run_on_commit = []
-            self._connection.needs_rollback = False
         return True
 
     # --- the block around them

@@ -67,6 +67,18 @@ def moment(value: Any) -> str:
     return date_format(timezone.localtime(value), "Y-m-d H:i:s") if value else NOTHING
 
 
+def brief_moment(value: Any) -> str:
+    """Return a moment for a column: the time if it is today, else the day and the minute."""
+    if not value:
+        return NOTHING
+    local = timezone.localtime(value)
+    brief = "H:i:s" if local.date() == timezone.localdate() else "M j, H:i"
+    return format_html(
+        '<time datetime="{}" title="{}">{}</time>',
+        *(local.isoformat(), moment(value), date_format(local, brief)),
+    )
+
+
 def span_of(seconds: float | None) -> str:
     """Return a number of seconds in words, or a dash for none."""
     return NOTHING if seconds is None else span(timedelta(seconds=seconds))
@@ -77,7 +89,7 @@ def span(value: timedelta) -> str:
     seconds = max(0.0, value.total_seconds())
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
-    if seconds < _MINUTE:
+    if round(seconds, 1) < _MINUTE:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), _MINUTE)
     if minutes < _HOUR_MINUTES:

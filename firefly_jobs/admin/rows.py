@@ -81,6 +81,11 @@ class BoundedPaginator(_Paginator):
         """The number of rows, at most :data:`COUNT_MAX`."""
         return min(len(self._keys), COUNT_MAX)
 
+    def rows(self) -> QuerySet[Any]:
+        """Return all rows that are counted, by primary key."""
+        rows: QuerySet[Any] = self.object_list  # type: ignore[assignment]
+        return rows.filter(pk__in=self._keys[: self.count])
+
     def page(self, number: int | str) -> Page[Any]:
         """Return one page; its rows are read by primary key."""
         number = self.validate_number(number)
@@ -120,6 +125,12 @@ class TaskChangeList(ChangeList):
         if self.query:
             return False
         return not asked or (status == Status.CREATED and asked == {QueueFilter.parameter_name})
+
+    def get_results(self, request: HttpRequest) -> None:
+        """Read the rows of a single page by their keys as well, not by searching again."""
+        super().get_results(request)
+        if self.show_all or not self.multi_page:
+            self.result_list = self.paginator.rows()
 
     @property
     def search_rows(self) -> int:

@@ -15,6 +15,7 @@ from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.loader import render_to_string
 from django.urls import reverse
 from django.utils.html import format_html
+from django.utils.text import capfirst
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
@@ -23,7 +24,7 @@ from firefly_jobs.autodiscovery import import_tasks
 from firefly_jobs.models import TaskModel
 from firefly_jobs.states import Status
 
-from .presentation import NOTHING, as_call, moment, short_repr, shown, span, span_of
+from .presentation import NOTHING, as_call, brief_moment, moment, short_repr, shown, span, span_of
 from .rows import (
     COUNT_MAX,
     BoundedPaginator,
@@ -58,7 +59,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
 
     list_display = (
         *("id", "function", "queue", "state", "priority"),
-        *("due", "created_at", "took", "retries"),
+        *("due_briefly", "created_briefly", "took", "retries"),
     )
     list_display_links = ("id", "function")
     list_filter = ("status", QueueFilter, FunctionFilter)
@@ -95,10 +96,14 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
         """Return the bounded list."""
         return TaskChangeList
 
-    def changelist_view(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+    def changelist_view(
+        self, request: HttpRequest, extra_context: dict[str, Any] | None = None
+    ) -> HttpResponse:
         """Show the list, once this process knows the project's tasks."""
         _know_tasks()
-        return super().changelist_view(request, *args, **kwargs)
+        # Django's own, "Select task to change", promises what this page does not offer.
+        title = {"title": capfirst(self.opts.verbose_name_plural)}
+        return super().changelist_view(request, title | (extra_context or {}))
 
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
@@ -262,6 +267,16 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
             task.status,
             task.get_status_display(),
         )
+
+    @admin.display(description=_("due"))
+    def due_briefly(self, task: TaskModel) -> str:
+        """Show when it is or was due, for a column."""
+        return brief_moment(task.run_at)
+
+    @admin.display(description=_("created"))
+    def created_briefly(self, task: TaskModel) -> str:
+        """Show when it was scheduled, for a column."""
+        return brief_moment(task.created)
 
     @admin.display(description=_("due"))
     def due(self, task: TaskModel) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from django.db import models
@@ -30,9 +32,8 @@ class StatusIndex(models.Index):
             plain = models.Index(
                 fields=self.fields,
                 name=self.name,
-                condition=models.Q(status__in=self.statuses)
-                if len(self.statuses) > 1
-                else models.Q(status=self.statuses[0]),
+                # With IN, SQLite would not use the index for one of the statuses.
+                condition=reduce(or_, (models.Q(status=status) for status in self.statuses)),
             )
         else:
             fields = ["status", *(name for name in self.fields if name != "status")]

@@ -54,7 +54,8 @@ class _Immediate:
 class SQLiteSession(Session):
     """A deferred transaction holds nothing until its first statement takes the write lock."""
 
-    _changes = 0
+    _traced: Any = None
+    _touched = False
 
     def opening(self) -> AbstractContextManager[Any]:
         """Enter ``atomic`` with BEGIN DEFERRED, whatever the project's OPTIONS say."""
@@ -63,9 +64,15 @@ class SQLiteSession(Session):
     def begin(self) -> None:
         """Open a deferred transaction unless an untouched one is still open."""
         driver = self.connection.connection
+        if driver is not self._traced:
+            driver.set_trace_callback(self._saw)
+            self._traced = driver
         if not driver.in_transaction:
             driver.execute("BEGIN DEFERRED")
-        self._changes = driver.total_changes
+        self._touched = False
+
+    def _saw(self, _: str) -> None:
+        self._touched = True
 
     def before_statement(self) -> None:
         """Take the write lock, waiting for it as long as the busy timeout says."""
@@ -73,8 +80,8 @@ class SQLiteSession(Session):
             self.connection.connection.execute(_TAKE_WRITE_LOCK)
 
     def is_touched(self) -> bool:
-        """Whether rows changed through the bare driver."""
-        return bool(self.connection.connection.total_changes != self._changes)
+        """Whether the driver ran a statement: ``total_changes`` would miss reads and DDL."""
+        return self._touched
 
     def is_gone(self) -> bool:
         """Whether SQLite rolled back by itself (disk full, I/O error, out of memory)."""
@@ -108,6 +115,15 @@ class SQLite(Database):
             f"AND run_at <= {self.now} ORDER BY run_at, id LIMIT %s) RETURNING {CLAIM_COLUMNS}"
         )
         with connection.cursor() as cursor:
+            # An UPDATE takes the write lock even if it finds nothing, and an idle consumer
+            # with future rows would disturb every writer.
+            cursor.execute(
+                f"SELECT 1 FROM {TABLE} WHERE status = 'created' AND queue = %s "  # noqa: S608 - only our own names are formatted in
+                f"AND priority = %s AND run_at <= {self.now} LIMIT 1",
+                [queue, priority],
+            )
+            if cursor.fetchone() is None:
+                return []
             cursor.execute(sql, [consumer, queue, priority, limit])
             claims = [Claim._make(row) for row in cursor.fetchall()]
         claims.sort(key=lambda claim: (claim.run_at, claim.id))

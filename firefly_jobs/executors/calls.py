@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from firefly_jobs import lifecycle, registry, serializers
 from firefly_jobs.attempts import Claim, Outcome, TaskContext
-from firefly_jobs.conf import get_settings
 from firefly_jobs.databases import Completion
 from firefly_jobs.exceptions import CommitUncertain, LaneTimeoutError, StopRequested
 
@@ -33,12 +32,14 @@ def make_context(
     return TaskContext(task, claim, args, kwargs)
 
 
-def store_returned(task: BaseTask[Any, Any], claim: Claim, value: Any) -> str:
-    """Return the text to store for the call's result; raises ``PayloadError``."""
+def store_returned(claim: Claim, value: Any) -> str:
+    """Return the text to store for the call's result, in the format of its arguments.
+
+    Raises:
+        PayloadError: If it cannot be stored.
+    """
     return serializers.dumps_returned(
-        value,
-        task_name=claim.func_name,
-        serializer=task.options.serializer or get_settings().SERIALIZER,
+        value, task_name=claim.func_name, serializer=serializers.format_of(claim.raw_params)
     )
 
 

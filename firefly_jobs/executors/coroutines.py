@@ -43,8 +43,8 @@ class CoroutineLoop(threading.Thread):
         self._database = databases.of(using)
         self._settings = get_settings()
         self._pool = LanePool(using=using, size=self._settings.ASYNC_CONNECTIONS, owner=work.owner)
-        self._running: dict[int, asyncio.Task[None]] = {}
-        self._interrupted: set[int] = set()
+        self._running: dict[Claim, asyncio.Task[None]] = {}
+        self._interrupted: set[Claim] = set()
         self._ready: Future[asyncio.AbstractEventLoop] = Future()
         self._ending: asyncio.Event
 
@@ -72,12 +72,12 @@ class CoroutineLoop(threading.Thread):
 
     def _spawn(self, claim: Claim) -> None:
         running = asyncio.get_running_loop().create_task(self._execute(claim))
-        self._running[claim.id] = running
-        running.add_done_callback(lambda _: self._running.pop(claim.id, None))
+        self._running[claim] = running
+        running.add_done_callback(lambda _: self._running.pop(claim, None))
 
     def _cancel_all(self) -> None:
-        for task_id, running in self._running.items():
-            self._interrupted.add(task_id)
+        for claim, running in self._running.items():
+            self._interrupted.add(claim)
             running.cancel()
 
     async def _execute(self, claim: Claim) -> None:
@@ -111,7 +111,7 @@ class CoroutineLoop(threading.Thread):
         except BaseException as error:  # noqa: BLE001 - user code: sys.exit() ends the task, not the loop
             await self._failed(claim, error, started, binding)
         finally:
-            self._interrupted.discard(claim.id)
+            self._interrupted.discard(claim)
             if binding is not None:
                 binding.close()
 
@@ -131,9 +131,9 @@ class CoroutineLoop(threading.Thread):
             else:
                 value = await task.func(*args, **kwargs)
             try:
-                return calls.store_returned(task, claim, value)
+                return calls.store_returned(claim, value)
             except SynchronousOnlyOperation:
-                return await sync_to_async(calls.store_returned)(task, claim, value)
+                return await sync_to_async(calls.store_returned)(claim, value)
         finally:
             leave_context(token)
 
@@ -158,7 +158,7 @@ class CoroutineLoop(threading.Thread):
     async def _failed(
         self, claim: Claim, error: BaseException, started: float, binding: LaneBinding | None
     ) -> None:
-        if claim.id in self._interrupted:
+        if claim in self._interrupted:
             error = StopRequested()
         is_usable = await self._rollback(binding)
         if binding is not None and binding.timed_out:

@@ -109,7 +109,7 @@ class SyncLane(threading.Thread):
                     value = task.func(context, *args, **kwargs)
                 else:
                     value = task.func(*args, **kwargs)
-                returned = calls.store_returned(task, claim, value)
+                returned = calls.store_returned(claim, value)
             finally:
                 leave_context(token)
             reach("called")

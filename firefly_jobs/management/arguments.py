@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from argparse import ArgumentParser, ArgumentTypeError
 from datetime import timedelta
+from typing import Any
 
-from firefly_jobs.conf import get_settings
+from django.core.management.base import CommandError
+from django.db import connections
+
+from firefly_jobs.conf import get_settings, suggestion
 from firefly_jobs.options import check_queue
 
 _AGE = re.compile(r"(\d+)\s*([smhdw])")
@@ -62,10 +66,23 @@ def age(text: str) -> timedelta:
 
 
 def add_database(parser: ArgumentParser) -> None:
-    """Declare ``--database``."""
+    """Declare ``--database``; :func:`database_alias` reads it."""
     parser.add_argument(
         "--database",
-        default=get_settings().DATABASE,
         metavar="ALIAS",
         help="Database alias. Default: FIREFLY_JOBS['DATABASE'].",
     )
+
+
+def database_alias(options: dict[str, Any]) -> str:
+    """Return what ``--database`` or the setting names.
+
+    Raises:
+        CommandError: If it is not in ``DATABASES``.
+    """
+    # Not a default of the parser: with bad settings even --help would end in a traceback.
+    using = options["database"] or get_settings().DATABASE
+    if using not in connections:
+        message = f"There is no database {using!r} in DATABASES.{suggestion(using, connections)}"
+        raise CommandError(message, returncode=2)
+    return str(using)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from django.core.management.base import BaseCommand, CommandError
-from django.db import Error, connections
+from django.db import Error
 from django.db.models import Max, QuerySet
 
 from firefly_jobs.claiming import ALL_QUEUES
@@ -23,7 +23,7 @@ from firefly_jobs.lifecycle import BATCH_SIZE
 from firefly_jobs.models import TaskModel
 from firefly_jobs.states import Status
 
-from .arguments import add_database, age, queue_list
+from .arguments import add_database, age, database_alias, queue_list
 
 _USAGE = 2
 
@@ -68,12 +68,9 @@ class EndedTasksCommand(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         """Run; exit 0 when done, 1 after an error of the database, 2 for a wrong option."""
-        using = options["database"]
-        if using not in connections:
-            message = f"There is no database {using!r} in DATABASES."
-            raise CommandError(message, returncode=_USAGE)
+        using = database_alias(options)
         try:
-            rows = self._rows(options)
+            rows = self._rows(using, options)
             if options["dry_run"]:
                 self.stdout.write(f"{_tasks(rows.count(), self.status)} would be {self.done}.")
             else:
@@ -82,8 +79,8 @@ class EndedTasksCommand(BaseCommand):
             message = f"Database {using!r}: {str(error).strip()}"
             raise CommandError(message) from error
 
-    def _rows(self, options: dict[str, Any]) -> QuerySet[TaskModel]:
-        rows = TaskModel.objects.using(options["database"]).filter(status=self.status)
+    def _rows(self, using: str, options: dict[str, Any]) -> QuerySet[TaskModel]:
+        rows = TaskModel.objects.using(using).filter(status=self.status)
         queues = options["queue"]
         if queues and ALL_QUEUES not in queues:
             rows = rows.filter(queue__in=queues)

@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from django.db import connection, connections, transaction
@@ -11,7 +12,6 @@ from firefly_jobs.models import TaskModel
 from tests.conformance.support import (
     EFFECTS,
     TABLE,
-    VENDOR,
     Watch,
     effects,
     impatient_connections,
@@ -23,6 +23,7 @@ from tests.conformance.support import (
     schedule,
     status_seen_outside,
 )
+from tests.conftest import VENDOR
 from tests.testapp.models import Effect
 
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "other"])
@@ -173,13 +174,15 @@ def test_200_tasks_are_never_seen_half_done():
     assert Effect.objects.count() == 300
 
 
-@pytest.mark.skipif("VENDOR != 'postgresql'", reason="only PostgreSQL shows transaction ids")
-def test_the_completion_carries_the_transaction_id_of_the_effects(way, way_exists):
-    row = schedule(way)
-    run_burst()
+@pytest.mark.postgresql
+def test_the_completion_carries_the_transaction_id_of_the_effects():
+    with stored_procedure():
+        rows = [schedule(way) for way in (create, raw_cursor, copy, callproc)]
+        run_burst()
 
-    ((task_transaction,),) = query(connection, f"SELECT xmin FROM {TABLE} WHERE id = %s", row.pk)
-    assert query(connection, f"SELECT xmin FROM {EFFECTS}") == [(task_transaction,)]
+    completions = query(connection, f"SELECT id, xmin FROM {TABLE} ORDER BY id")
+    assert [task_id for task_id, _ in completions] == [row.pk for row in rows]
+    assert query(connection, f"SELECT value, xmin FROM {EFFECTS} ORDER BY value") == completions
 
 
 def test_a_write_that_waited_for_nobody_is_committed_before_the_next_call(way, way_exists):
@@ -330,7 +333,7 @@ def test_rows_scheduled_by_a_task_belong_to_its_transaction():
 
 
 def test_a_large_result_and_falsy_results_come_back_as_they_were():
-    values = [None, 0, False, "", [], {}, "x" * 100_000, (1, 2)]
+    values: list[Any] = [None, 0, False, "", [], {}, "x" * 100_000, (1, 2)]
 
     rows = [schedule(lambda_returning(value)) for value in values]
     run_burst()

@@ -9,7 +9,6 @@ from django.db import DatabaseError, IntegrityError, OperationalError, connectio
 from firefly_jobs.models import TaskModel
 from tests.conformance.support import (
     EFFECTS,
-    VENDOR,
     consuming,
     deadlock,
     effects,
@@ -24,7 +23,9 @@ from tests.conformance.support import (
     second_connection,
     session_id,
     status_seen_outside,
+    undone,
 )
+from tests.conftest import VENDOR
 from tests.support.waiting import eventually
 from tests.testapp.models import Effect, Seat, Ticket
 
@@ -158,12 +159,9 @@ def test_the_first_query_may_be_a_nested_atomic():
 def test_a_savepoint_that_is_rolled_back_takes_only_its_own_effects():
     def body():
         create(1)
-        try:
-            with transaction.atomic():
-                create(2)
-                raise LookupError
-        except LookupError:
-            create(3)
+        with pytest.raises(LookupError):
+            undone(lambda: create(2))
+        create(3)
 
     assert run_one(body).status == "completed"
     assert effects() == [1, 3]
@@ -197,9 +195,7 @@ def test_on_commit_runs_after_the_commit_in_autocommit_mode():
 
     def body():
         create(1)
-        transaction.on_commit(
-            lambda: seen.append((outside(effects), connection.in_atomic_block))
-        )
+        transaction.on_commit(lambda: seen.append((outside(effects), connection.in_atomic_block)))
         assert seen == []
 
     run_one(body)
@@ -224,12 +220,8 @@ def test_on_commit_of_a_rolled_back_savepoint_does_not_run():
 
     def body():
         transaction.on_commit(lambda: seen.append("outer"))
-        try:
-            with transaction.atomic():
-                transaction.on_commit(lambda: seen.append("inner"))
-                raise LookupError
-        except LookupError:
-            return
+        with pytest.raises(LookupError):
+            undone(lambda: transaction.on_commit(lambda: seen.append("inner")))
 
     assert run_one(body).status == "completed"
     assert seen == ["outer"]

@@ -2,6 +2,7 @@
 
 import threading
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from django.db import OperationalError, connection, connections, transaction
@@ -10,7 +11,6 @@ from django.utils import timezone
 from firefly_jobs import Cancel, Exponential, Fixed, RandomDelay, Retry, Snooze, current_task
 from firefly_jobs.models import TaskModel
 from tests.conformance.support import (
-    VENDOR,
     ago,
     deadlock,
     effects,
@@ -27,6 +27,8 @@ from tests.conformance.support import (
     session_id,
     update_impatiently,
 )
+from tests.conftest import VENDOR
+from tests.support.threads import Concurrent
 from tests.testapp.models import Effect
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -145,7 +147,7 @@ def test_an_error_that_is_not_in_retry_on_is_not_retried():
     def body(kind):
         raise {"os": ConnectionError, "value": ValueError}[kind]("no")
 
-    options = {"max_retries": 1, "retry_delay": 0, "retry_on": (OSError,)}
+    options: dict[str, Any] = {"max_retries": 1, "retry_delay": 0, "retry_on": (OSError,)}
     retried, failed = schedule(body, "os", **options), schedule(body, "value", **options)
     run_burst()
 
@@ -316,8 +318,6 @@ def test_a_serialization_failure_at_commit_does_not_fail_the_task():
             assert may_commit.wait(10)
 
     def trouble():
-        from tests.support.threads import Concurrent
-
         query(connection, "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
         Effect.objects.filter(task_key="a").count()
         Effect.objects.create(task_key="b", value=0)
@@ -467,7 +467,7 @@ def test_a_coroutine_that_meets_a_lock_time_out_runs_again():
 
 
 def test_losses_are_bounded(jobs):
-    jobs(MAX_RESCUES=2)
+    jobs(MAX_RESCUES=1)
     effect = Effect.objects.create(task_key="shared", value=0)
 
     def trouble():
@@ -480,8 +480,9 @@ def test_losses_are_bounded(jobs):
         run_until_ended(row)
 
     assert row.status == "failed"
-    assert outcomes(row) == ["lost", "lost", "failed"]
-    assert body.calls == 3
+    # Two among others, which may be to blame; then alone, one that it survives and one more.
+    assert outcomes(row) == ["lost", "lost", "lost", "failed"]
+    assert body.calls == 4
     assert Effect.objects.filter(task_key="mine").count() == 0
 
 

@@ -18,6 +18,9 @@ from tests.testapp.models import Effect
 
 LEASE_SECONDS = 1.0
 
+# The tasks of one test that it is repeated with, by the words in its id.
+Kinds = dict[str, BaseTask[Any, Any]]
+
 
 class Consume(Protocol):
     """Starts a consumer that knows the tasks of this folder."""
@@ -97,12 +100,12 @@ def announced(tmp_path: Path) -> Calls:
     return Calls(tmp_path / "announced")
 
 
-def schedule(task: BaseTask[Any, Any], *arguments: Any) -> TaskModel:
+def schedule(task: BaseTask[Any, Any], *arguments: Any, **keywords: Any) -> TaskModel:
     """Schedule a call of a sync or an async task."""
     if isinstance(task, AsyncTask):
-        return async_to_sync(task.schedule)(*arguments)
+        return async_to_sync(task.schedule)(*arguments, **keywords)
     assert isinstance(task, Task)
-    row: TaskModel = task.schedule(*arguments)
+    row: TaskModel = task.schedule(*arguments, **keywords)
     return row
 
 

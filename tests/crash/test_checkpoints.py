@@ -9,6 +9,7 @@ from firefly_jobs.checkpoints import CHECKPOINTS
 from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskModel
 from tests.crash import tasks
 from tests.crash.conftest import (
+    Kinds,
     consumer_id,
     describe_rows,
     effects,
@@ -18,7 +19,7 @@ from tests.crash.conftest import (
 from tests.support.waiting import eventually
 
 # Each kind has a queue of its own, on which its own consumer dies.
-KINDS = {
+KINDS: Kinds = {
     "sync": tasks.write,
     "async": tasks.awrite,
     "idle": tasks.touch_nothing,
@@ -66,6 +67,4 @@ def test_work_of_consumers_killed_at_a_checkpoint_is_done_once_by_another(consum
 
 def work_is_done(kinds: list[str]) -> bool:
     rows = TaskModel.objects.values_list("queue", "status")
-    return set(rows) == {
-        (kind, "failed" if kind == "failing" else "completed") for kind in kinds
-    }
+    return set(rows) == {(kind, "failed" if kind == "failing" else "completed") for kind in kinds}

@@ -6,6 +6,7 @@ from firefly_jobs.models import ConsumerModel, TaskModel
 from tests.crash import tasks
 from tests.crash.conftest import (
     LEASE_SECONDS,
+    Kinds,
     consumer_id,
     describe_rows,
     effects,
@@ -18,9 +19,9 @@ from tests.crash.conftest import (
 from tests.support.databases import url_of_test_database
 from tests.support.waiting import eventually
 
-BEFORE_THE_FIRST_QUERY = {"sync": tasks.wait_then_write, "async": tasks.await_then_write}
-AFTER_THE_FIRST_QUERY = {"sync": tasks.write_then_wait, "async": tasks.write_then_await}
-WRITING = {"sync": tasks.write, "async": tasks.awrite}
+BEFORE_THE_FIRST_QUERY: Kinds = {"sync": tasks.wait_then_write, "async": tasks.await_then_write}
+AFTER_THE_FIRST_QUERY: Kinds = {"sync": tasks.write_then_wait, "async": tasks.write_then_await}
+WRITING: Kinds = {"sync": tasks.write, "async": tasks.awrite}
 
 
 def wakes_up_as_another(paused, former_id, *, after):
@@ -215,9 +216,7 @@ def test_task_that_holds_the_write_lock_for_twice_the_lease_is_not_rescued(
 
 
 @pytest.mark.sqlite
-def test_consumer_paused_with_the_write_lock_cannot_be_rescued_and_completes(
-    consume, gate, calls
-):
+def test_consumer_paused_with_the_write_lock_cannot_be_rescued_and_completes(consume, gate, calls):
     schedule(tasks.write_then_wait, str(calls), "key", str(gate))
     paused = consume()
     gate.wait_until_reached()

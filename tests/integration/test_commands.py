@@ -199,8 +199,7 @@ def test_task_that_was_revived_meanwhile_is_reported_and_stays(monkeypatch):
     monkeypatch.setattr(lifecycle, "delete", delete_after_a_person_was_quicker)
 
     assert run(DELETE_FAILED) == (
-        "0 failed tasks were deleted.\n"
-        "1 changed meanwhile, or were locked, and stay as they are.\n"
+        "0 failed tasks were deleted.\n1 changed meanwhile, or were locked, and stay as they are.\n"
     )
     assert TaskModel.objects.filter(pk=task.pk).exists()
 

@@ -162,7 +162,7 @@ def test_settings_of_the_project_are_the_defaults_of_a_row():
 
 @pytest.mark.django_db
 def test_a_context_is_not_an_argument_of_the_call():
-    row = with_context.schedule(5)
+    row = with_context.schedule(5)  # type: ignore[call-overload]
 
     assert TaskModel.objects.get(pk=row.pk).params == {"args": (5,), "kwargs": {}}
 
@@ -178,11 +178,11 @@ def test_a_task_calls_its_function_and_writes_nothing():
 
 @pytest.mark.django_db(transaction=True)
 def test_a_rolled_back_transaction_leaves_no_task_behind():
-    with pytest.raises(ZeroDivisionError), transaction.atomic():
+    with transaction.atomic():
         Effect.objects.create(task_key="mine")
         add.schedule(1)
         assert TaskModel.objects.count() == 1
-        raise ZeroDivisionError
+        transaction.set_rollback(True)
 
     assert not TaskModel.objects.exists()
     assert not Effect.objects.exists()
@@ -192,9 +192,9 @@ def test_a_rolled_back_transaction_leaves_no_task_behind():
 def test_a_rolled_back_savepoint_takes_its_task_with_it():
     with transaction.atomic():
         kept = add.schedule(1)
-        with pytest.raises(ZeroDivisionError), transaction.atomic():
+        with transaction.atomic():
             add.schedule(2)
-            raise ZeroDivisionError
+            transaction.set_rollback(True)
 
     assert TaskModel.objects.get() == kept
 
@@ -253,9 +253,9 @@ def test_the_database_of_the_settings_is_where_rows_go():
 
 @pytest.mark.django_db(transaction=True, databases=["default", "other"])
 def test_a_task_on_another_database_does_not_belong_to_this_transaction():
-    with pytest.raises(ZeroDivisionError), transaction.atomic():
+    with transaction.atomic():
         add.using(database="other").schedule(1)
-        raise ZeroDivisionError
+        transaction.set_rollback(True)
 
     assert TaskModel.objects.using("other").count() == 1
 
@@ -325,7 +325,7 @@ def test_what_cannot_be_stored_is_refused_with_the_remedy_and_writes_nothing(
 def test_a_refused_call_leaves_the_callers_transaction_usable():
     with transaction.atomic():
         with pytest.raises(TypeError):
-            add.schedule()
+            add.schedule()  # type: ignore[call-overload]
         with pytest.raises(PayloadError):
             echo.schedule(threading.Lock())
         row = add.schedule(1)
@@ -336,7 +336,7 @@ def test_a_refused_call_leaves_the_callers_transaction_usable():
 @pytest.mark.django_db
 def test_a_message_about_arguments_never_quotes_them():
     for call in (
-        lambda: add.schedule(SECRET, SECRET, SECRET),
+        lambda: add.schedule(SECRET, SECRET, SECRET),  # type: ignore[call-overload]
         lambda: echo.schedule([SECRET, threading.Lock()]),
         lambda: echo.schedule(SECRET * 100_000),
         lambda: echo_json.schedule([SECRET, object()]),
@@ -375,11 +375,11 @@ def test_aschedule_does_the_same_for_both_kinds():
 
 @pytest.mark.django_db(transaction=True)
 def test_async_to_sync_schedules_in_the_callers_transaction():
-    with pytest.raises(ZeroDivisionError), transaction.atomic():
+    with transaction.atomic():
         async_to_sync(aadd.schedule)(1)
         async_to_sync(add.aschedule)(1)
         assert TaskModel.objects.count() == 2
-        raise ZeroDivisionError
+        transaction.set_rollback(True)
 
     assert not TaskModel.objects.exists()
 

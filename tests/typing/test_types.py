@@ -126,6 +126,10 @@ def _lines(mark: str) -> list[tuple[int, str]]:
     ]
 
 
+def _id(value: object) -> str:
+    return f"line {value}" if isinstance(value, int) else ""
+
+
 def _line(number: int) -> str:
     return PROGRAM.splitlines()[number - 1].strip()
 
@@ -135,14 +139,14 @@ def _plain(text: str) -> str:
     return re.sub(r"\b(builtins|firefly_jobs(\.\w+)*)\.(?=\w)", "", text)
 
 
-@pytest.mark.parametrize(("number", "expected"), _lines("# R:"), ids=lambda x: _id(x))
+@pytest.mark.parametrize(("number", "expected"), _lines("# R:"), ids=_id)
 def test_the_type_of_an_expression_is_what_a_user_expects(messages, number, expected):
     (message,) = messages[number]
 
     assert _plain(message) == f'Revealed type is "{expected}"', _line(number)
 
 
-@pytest.mark.parametrize(("number", "expected"), _lines("# E:"), ids=lambda x: _id(x))
+@pytest.mark.parametrize(("number", "expected"), _lines("# E:"), ids=_id)
 def test_a_wrong_use_is_an_error_of_the_type_checker(messages, number, expected):
     assert expected in "\n".join(messages.get(number, [])), _line(number)
 
@@ -151,7 +155,3 @@ def test_nothing_else_is_an_error(messages):
     expected = {number for number, _ in _lines("# R:") + _lines("# E:")}
 
     assert {n: text for n, text in messages.items() if n not in expected} == {}
-
-
-def _id(value: object) -> str:
-    return f"line {value}" if isinstance(value, int) else ""

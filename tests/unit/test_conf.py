@@ -133,8 +133,9 @@ def test_a_flag_is_true_or_false(key):
 def test_a_duration_is_zero_or_more(key):
     for value in (0, 0.5, 30, timedelta(0), timedelta(minutes=1)):
         assert problems({key: value}) == []
-    for value in (-1, -0.1, "30", None, True, timedelta(seconds=-1), math.nan):
-        assert "must be zero seconds or a timedelta" in complaint(key, value).replace(
+    wrong: Any
+    for wrong in (-1, -0.1, "30", None, True, timedelta(seconds=-1), math.nan):
+        assert "must be zero seconds or a timedelta" in complaint(key, wrong).replace(
             "zero or more seconds", "zero seconds"
         )
 
@@ -143,8 +144,9 @@ def test_a_duration_is_zero_or_more(key):
 def test_a_period_is_more_than_zero(key):
     for value in (0.001, 30, timedelta(seconds=1)):
         assert problems({key: value}) == []
-    for value in (0, timedelta(0), -1, "30", None, True, math.nan):
-        assert "must be more than zero seconds or a timedelta" in complaint(key, value)
+    wrong: Any
+    for wrong in (0, timedelta(0), -1, "30", None, True, math.nan):
+        assert "must be more than zero seconds or a timedelta" in complaint(key, wrong)
 
 
 @pytest.mark.parametrize("key", [*DURATIONS, *POSITIVE_DURATIONS])

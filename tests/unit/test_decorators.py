@@ -136,7 +136,7 @@ def test_awaiting_an_async_task_calls_its_function():
 def test_a_task_looks_like_its_function():
     made = task(add)
 
-    assert made.__doc__ == "Add two numbers."  # type: ignore[comparison-overlap]
+    assert made.__doc__ == "Add two numbers."
     assert made.__name__ == "add"  # type: ignore[attr-defined]
     assert made.__qualname__ == "add"  # type: ignore[attr-defined]
     assert made.__module__ == __name__
@@ -160,7 +160,7 @@ def test_an_attribute_of_the_function_does_not_replace_one_of_the_task():
 
 
 def test_task_refuses_a_coroutine_function_and_names_atask():
-    with pytest.raises(AsyncFuncNotSupportedException, match="aadd is an async .* use @atask"):
+    with pytest.raises(AsyncFuncNotSupportedException, match=r"aadd is an async .* use @atask"):
         task(aadd)
     with pytest.raises(AsyncFuncNotSupportedException):
         task(queue="mail")(aadd)
@@ -225,7 +225,7 @@ def test_a_parameter_called_eta_is_refused_with_the_reason(func):
 
 
 def test_a_task_is_decorated_once():
-    made = task(add)
+    made: Any = task(add)
 
     for decorate in (task, atask, task(queue="mail")):
         with pytest.raises(TaskDefinitionError, match=r"add is already a task; decorate it once"):
@@ -274,7 +274,7 @@ def test_takes_context_needs_a_parameter_for_it():
         task(takes_context=True)(without_parameters)
 
 
-# --- using()
+# --- copies for one call
 
 
 def test_using_returns_a_copy_and_leaves_the_original():
@@ -303,7 +303,7 @@ def test_using_refuses_what_belongs_to_the_function(word):
 
 
 def test_using_refuses_a_wrong_option():
-    with pytest.raises(TypeError, match="no task option 'prioritty'. Did you mean 'priority'"):
+    with pytest.raises(TypeError, match=r"no task option 'prioritty'\. Did you mean 'priority'"):
         task(add).using(prioritty=1)
     with pytest.raises(ValueError, match="priority must be between"):
         task(add).using(priority=101)

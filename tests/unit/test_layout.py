@@ -101,7 +101,7 @@ WRITERS = (
     "TaskModel", "update", "aupdate", "create", "acreate", "get_or_create", "aget_or_create",
     "update_or_create", "aupdate_or_create",
 )  # fmt: skip
-_SQL_WRITES_STATUS = re.compile(r"\b(UPDATE\b.*\bSET\b|INSERT\s+INTO\b).*\bstatus\b", re.IGNORECASE | re.DOTALL)
+_SQL_WRITES_STATUS = re.compile(r"(?is)\b(UPDATE\b.*\bSET\b|INSERT\s+INTO\b).*\bstatus\b")
 
 
 def status_writes(tree: ast.AST) -> list[str]:
@@ -211,6 +211,9 @@ def test_statements_that_change_a_status_are_called_by_lifecycle_only():
 # --- 2. a running row changes only under its fence
 
 
+CHANGERS = ("update", "aupdate", "delete", "adelete", "bulk_update", "save", "asave")
+
+
 def unfenced_updates(tree: ast.AST) -> list[str]:
     """Find ORM writes that could change a running row without holding its fence.
 
@@ -229,11 +232,11 @@ def unfenced_updates(tree: ast.AST) -> list[str]:
             for target in node.targets
             if isinstance(target, ast.Name)
         }
-        for call in calls(
-            function, "update", "aupdate", "delete", "adelete", "bulk_update", "save", "asave"
-        ):
-            if isinstance(call.func, ast.Attribute) and not _is_harmless(call, values):
-                found.append(_at(call))
+        found += [
+            _at(call)
+            for call in calls(function, *CHANGERS)
+            if isinstance(call.func, ast.Attribute) and not _is_harmless(call, values)
+        ]
     return found
 
 
@@ -258,7 +261,7 @@ def _resolved(node: ast.expr, values: dict[str, ast.expr], depth: int = 5) -> st
     names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} & values.keys()
     for name in names if depth else ():
         inner = _resolved(values[name], values, depth - 1)
-        text = re.sub(rf"(?<![\w.]){name}\b(?!\s*=[^=])", lambda _: inner, text)
+        text = re.sub(rf"(?<![\w.]){name}\b(?!\s*=[^=])", inner.replace("\\", r"\\"), text)
     return text
 
 

@@ -358,7 +358,7 @@ def test_json_refuses_what_it_would_change(value):
     "value", [b"bytes", {1, 2}, Decimal(1), object(), date(2026, 1, 1), UUID(int=1), 1j]
 )
 def test_json_refuses_types_it_has_no_form_for_and_says_what_to_do(value):
-    with pytest.raises(PayloadError, match="has no JSON form; use serializer='pickle' or convert"):
+    with pytest.raises(PayloadError, match=r"serializer 'json' \(TypeError\)\. Pass plain values"):
         dumps(value, serializer="json")
 
 
@@ -371,10 +371,12 @@ def test_json_refuses_a_value_that_contains_itself():
 
 
 @pytest.mark.parametrize(
-    "value", [lambda: 1, threading.Lock(), (n for n in ()), RefusesToBePickled()]
+    "value", [lambda: 1, threading.Lock(), (n for n in [1]), RefusesToBePickled()]
 )
 def test_an_argument_that_cannot_be_pickled_is_named_by_its_task_with_the_remedy(value):
-    with pytest.raises(PayloadError, match=rf"An argument of '{TASK}' cannot be .* Pass plain val"):
+    with pytest.raises(
+        PayloadError, match=rf"Argument number 2 \(a .* of '{TASK}' cannot be .* Pass pl"
+    ):
         serializers.dumps_params((1, value), {}, task_name=TASK, serializer="pickle")
 
 
@@ -404,7 +406,7 @@ def test_an_error_about_a_value_never_quotes_it(serializer, value):
 def test_an_error_about_reading_a_payload_never_quotes_it():
     text = dumps(RefusesToBeLoaded())
 
-    with pytest.raises(PayloadError, match=rf"'{TASK}' cannot be read: ValueError") as caught:
+    with pytest.raises(PayloadError, match=rf"'{TASK}' cannot be read \(ValueError\)") as caught:
         loads(text)
 
     assert SECRET not in str(caught.value)
@@ -432,7 +434,7 @@ def test_a_vanished_class_makes_an_error_that_says_so():
 
     with (
         override_settings(FIREFLY_JOBS={"SIGNING": False}),
-        pytest.raises(PayloadError, match=r"ModuleNotFoundError.*may have been moved"),
+        pytest.raises(PayloadError, match=r"\(ModuleNotFoundError\).*may have been moved"),
     ):
         loads(f"pickle::{body}")
 
@@ -480,7 +482,7 @@ def test_a_vanished_instance_makes_a_clear_error(serializer):
     text, pk = dumps(effect, serializer=serializer), effect.pk
     effect.delete()
 
-    with pytest.raises(PayloadError, match=rf"testapp\.effect '?{pk}'? no longer exists in dat"):
+    with pytest.raises(PayloadError, match=rf"testapp\.Effect '?{pk}'? no longer exists in dat"):
         loads(text)
 
 

@@ -13,7 +13,13 @@ from django.db import connections
 
 from firefly_jobs.autodiscovery import import_tasks
 from firefly_jobs.consumer import Consumer
-from firefly_jobs.management.arguments import add_database, positive, positive_or_zero, queue_list
+from firefly_jobs.management.arguments import (
+    add_database,
+    database_alias,
+    positive,
+    positive_or_zero,
+    queue_list,
+)
 from firefly_jobs.models import TaskModel
 
 
@@ -45,10 +51,7 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         """Run the consumer; exit 0 when asked to stop, 1 after an error."""
-        using = options["database"]
-        if using not in connections:
-            message = f"There is no database {using!r} in DATABASES."
-            raise CommandError(message)
+        using = database_alias(options)
         if TaskModel._meta.db_table not in connections[using].introspection.table_names():
             message = (
                 f"Database {using!r} has no table of firefly_jobs. Run: manage.py migrate "
