@@ -279,12 +279,12 @@ def rescue(suspect: ConsumerModel, *, using: str) -> list[Settlement] | None:
         consumer = (
             ConsumerModel.objects.using(using)
             .select_for_update(skip_locked=database.can_skip_locked)
-            # A heartbeat clears the suspicion.  Comparing renewed_at would be no safer, and
-            # SQLite's clock writes moments with other digits than Django compares with.
             .filter(pk=suspect.pk, suspected_at__isnull=False)
             .first()
         )
-        if consumer is None:
+        # Compared here, because SQLite compares moments as text, and its own clock writes
+        # fewer digits than Django sends.
+        if consumer is None or consumer.renewed_at != suspect.renewed_at:
             return None
         rows = TaskModel.objects.using(using).filter(consumer=suspect.pk, status=Status.RUNNING)
         held = rows.count()

@@ -28,7 +28,7 @@ CLAIM = {"postgresql": rb"SET status = 'running'", "mysql": COMMIT}[
     VENDOR if VENDOR != "sqlite" else "mysql"
 ]
 # What only the statement contains that settles many.
-BATCH = {"postgresql": rb"unnest", "mysql": rb"JSON_TABLE"}[
+BATCH = {"postgresql": rb"json_array_elements", "mysql": rb"JSON_TABLE"}[
     VENDOR if VENDOR != "sqlite" else "mysql"
 ]
 

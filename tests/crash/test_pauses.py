@@ -132,8 +132,10 @@ def test_consumer_paused_while_its_outcome_waits_for_the_settler_changes_nothing
     can_run_new_tasks(paused, new_id, "sync")
 
 
+@pytest.mark.sqlite
+@pytest.mark.mysql
 def test_consumer_paused_between_outcome_and_commit_keeps_its_task(consume):
-    """The row, or the file, is locked by it, so nobody can take the task over."""
+    """It has locked the row, or the file, so nobody can take the task over."""
     other = consume("--queue", "another")
     consumer_id(other)
     row = schedule(tasks.write, "key")
@@ -152,23 +154,27 @@ def test_consumer_paused_between_outcome_and_commit_keeps_its_task(consume):
     stops_in_order(paused)
 
 
-@pytest.mark.server
-def test_consumer_killed_between_outcome_and_commit_is_rescued_although_it_was_not_at_first(
-    consume,
-):
-    schedule(tasks.write, "key")
+@pytest.mark.postgresql
+def test_consumer_paused_between_outcome_and_commit_does_not_keep_its_task_for_ever(consume):
+    """Its session has locked the row; ending that session is part of the rescue."""
+    row = schedule(tasks.write, "key")
     paused = consume(checkpoint="settling:stop")
     paused.wait_until_stopped()
+    former_id = consumer_id(paused)
+    assert TaskModel.objects.get(pk=row.pk).status == "running"
     other = consume()
-    other.wait_for_line("consumes")
-    time_passes(3 * LEASE_SECONDS)
-    assert not effects()
-
-    paused.kill9()
-
     rows_ended()
+    assert TaskModel.objects.get(pk=row.pk).consumer == consumer_id(other)
     assert effects() == {"key": 1}
     stops_in_order(other)
+
+    printed = len(paused.lines)
+    paused.resume()
+
+    new_id = consumer_id(paused, after=printed)
+    assert new_id != former_id
+    assert effects() == {"key": 1}
+    can_run_new_tasks(paused, new_id, "sync")
 
 
 def test_rows_claimed_by_a_consumer_that_does_not_know_it_was_rescued_are_run(consume):

@@ -225,6 +225,15 @@ def test_list_reads_no_payload_and_no_row_per_task(viewer):
     assert not any("COUNT(" in sql.upper() for sql in about_tasks)
 
 
+def plan(sql: str) -> str:
+    explain = {"sqlite": "EXPLAIN QUERY PLAN ", "postgresql": "EXPLAIN ", "mysql": "EXPLAIN "}
+    with connection.cursor() as cursor:
+        cursor.execute(explain[VENDOR] + sql)
+        return "\n".join(" ".join(map(str, row)) for row in cursor.fetchall())
+
+
+# MariaDB and MySQL commit before ANALYZE TABLE.
+@pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize(
     ("status", "index"),
     [

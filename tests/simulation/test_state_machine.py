@@ -323,8 +323,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(claim=claims)
     def interrupt(self, claim: Claim) -> None:
         if self.settle(claim, StopRequested(), is_interrupted=True):
-            self.rows[claim.id].status = "created"
-            self.rows[claim.id].consumer = None
+            self.end_attempt(claim, "created", "released")
 
     # --- accidents
 
