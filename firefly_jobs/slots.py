@@ -18,6 +18,8 @@ from .pace import Pace
 
 # A call that has run for longer stops claims from being made ahead for its lane.
 SLOW_SECONDS = 0.1
+# How long no coroutine is looked for behind a slow sync call after none was found.
+PROBE_SECONDS_MIN, PROBE_SECONDS_MAX = 1.0, 30.0
 _SHARE_WEIGHT = 0.3
 
 
@@ -38,6 +40,9 @@ class Slots:
         self._lane = SyncLane(work, using=using, name="firefly-lane")
         self._loop: CoroutineLoop | None = None
         self._async_share = 0.0
+        self._is_probing = False
+        self._next_probe_at = 0.0
+        self._probe_pause = PROBE_SECONDS_MIN
         self.pace = Pace(slots=1)
         self.alone: Claim | None = None
         self.alone_since = 0.0
@@ -53,7 +58,9 @@ class Slots:
         is_slow = holdings.lane_busy_seconds() > SLOW_SECONDS
         room = 0 if is_slow or holdings.waiting > batch // 2 else batch
         free = self._async_slots - holdings.running_async
-        if free > 0 and registry.has_async() and (room or not holdings.waiting):
+        self._is_probing = is_slow and not room
+        may_probe = not self._is_probing or monotonic() >= self._next_probe_at
+        if free > 0 and registry.has_async() and may_probe and (room or not holdings.waiting):
             # What is claimed turns out to be sync or async; the share so far is the guess.
             room = max(room, 1, int(free * self._async_share))
         return room
@@ -69,11 +76,19 @@ class Slots:
             self._holdings.hold_aside(alone)
             return [claim for claim in claims if claim is not alone]
         coroutines = [claim for claim in claims if registry.is_async(claim.func_name)]
+        plain = [claim for claim in claims if not registry.is_async(claim.func_name)]
         self._async_share += _SHARE_WEIGHT * (len(coroutines) / len(claims) - self._async_share)
-        if len(coroutines) < len(claims):
-            self._holdings.hold(c for c in claims if not registry.is_async(c.func_name))
         for claim in coroutines:
             self._start_coroutine(claim)
+        if plain and self._is_probing:
+            # The lane is busy with a slow call, and a coroutine was hoped for.  Others get
+            # these at once, and hope rests for a while.
+            self._next_probe_at = monotonic() + self._probe_pause
+            self._probe_pause = min(self._probe_pause * 2, PROBE_SECONDS_MAX)
+            return plain
+        self._probe_pause = PROBE_SECONDS_MIN
+        if plain:
+            self._holdings.hold(plain)
         return []
 
     # --- running one task alone

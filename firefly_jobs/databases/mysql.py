@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from firefly_jobs.attempts import Claim
@@ -16,8 +16,9 @@ _DEADLOCK, _LOCK_TIMEOUT = 1213, 1205
 
 # Statements that commit the open transaction by themselves:
 # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
+_BLANK = rb"(?:\s|/\*.*?\*/|(?:--\s|#)[^\n]*(?:\n|$))*"
 _COMMITS_IMPLICITLY = re.compile(
-    rb"\s*(?:/\*.*?\*/\s*)*(?:"
+    _BLANK + rb"(?:"
     rb"(?:CREATE|DROP)\s+(?!TEMPORARY\b)|ALTER\b|RENAME\b|TRUNCATE\b|GRANT\b|REVOKE\b|"
     rb"ANALYZE\s+TABLE|OPTIMIZE\b|REPAIR\b|LOCK\s+TABLES?|UNLOCK\s+TABLES|FLUSH\b|"
     rb"START\s+TRANSACTION|BEGIN\b|COMMIT\b|SET\s+(?:SESSION\s+|@@(?:SESSION\.)?)?AUTOCOMMIT\b)",
@@ -25,11 +26,15 @@ _COMMITS_IMPLICITLY = re.compile(
 )
 
 
+_ROLLS_BACK = re.compile(_BLANK + rb"ROLLBACK\b(?!\s+(?:WORK\s+)?TO\b)", re.IGNORECASE | re.DOTALL)
+
+
 class MySQLSession(Session):
-    """Watches the driver's one way to the server, since it tells nothing of transactions.
+    """Watches the driver's ways to the server, since it tells nothing of transactions.
 
     Every statement of mysqlclient, whatever cursor or ``callproc`` it came from, goes
-    through ``Connection.query``; that method is replaced on the lane's own connection.
+    through ``Connection.query``; that method, ``commit`` and ``rollback`` are replaced on
+    the lane's own connection.
     """
 
     _watched: Any = None
@@ -63,6 +68,8 @@ class MySQLSession(Session):
                     f"@task(atomic=False), or run them outside of tasks."
                 )
                 raise ImplicitCommitError(message)
+            if _ROLLS_BACK.match(text):
+                self._gone = True
             try:
                 return send(statement, *args)
             except Exception as error:
@@ -73,14 +80,24 @@ class MySQLSession(Session):
                 raise
 
         driver.query = query
+        driver.commit = self._ending(driver.commit)
+        driver.rollback = self._ending(driver.rollback)
         self._watched = driver
+
+    def _ending(self, end: Callable[[], None]) -> Callable[[], None]:
+        def watched() -> None:
+            if self._is_call:
+                self._gone = self._touched = True
+            end()
+
+        return watched
 
     def is_touched(self) -> bool:
         """Whether a statement was sent."""
         return self._touched
 
     def is_gone(self) -> bool:
-        """Whether the server rolled back after a deadlock."""
+        """Whether the server rolled back after a deadlock, or the call ended it itself."""
         return self._gone
 
     def commit(self) -> None:
