@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 CHECKPOINTS = (
     "claiming",  # before the claim is committed
@@ -43,4 +44,6 @@ _armed = _parse(os.environ.get("FIREFLY_CHECKPOINT", ""))
 def reach(name: str) -> None:
     """Send this process the armed signal, the first time checkpoint ``name`` is reached."""
     if _armed and name in _armed:
-        os.kill(os.getpid(), _armed.pop(name))
+        # To this very thread: with kill() another one may take the signal first, and this
+        # one would run on.
+        signal.pthread_kill(threading.get_ident(), _armed.pop(name))

@@ -292,6 +292,10 @@ class Consumer:
             extra={"consumer": self._id},
         )
         self._is_rescued = False
+        # A claim may have come in between the rescue and this moment: nobody else looks
+        # for rows of a consumer that is gone.
+        lifecycle.release(lost, using=self._using)
+        self._reconcile()
         self._register()
 
     def _reconcile(self) -> None:
@@ -389,6 +393,9 @@ class Consumer:
         self._slots.stop(timeout_seconds=INTERRUPT_SECONDS)
         self._heartbeat.stop()
         self._heartbeat.join(timeout=INTERRUPT_SECONDS)
+        if self._slots.has_stuck_calls:
+            # What cannot be interrupted here, the server can end, and its locks with it.
+            self._insist(self._end_sessions)
         self._insist(self._unregister)
         _close(self._using)
 
@@ -407,6 +414,9 @@ class Consumer:
         for claim in self._holdings.started():
             self._give_back(claim, has_started=True)
 
+    def _end_sessions(self) -> None:
+        self._database.end_sessions(connections[self._using], self._id)
+
     def _unregister(self) -> None:
         self._reconcile()
         if self._holdings.is_empty:
@@ -416,10 +426,12 @@ class Consumer:
         """Do one step of stopping; a database that is away must not keep the process."""
         for _ in range(_STEP_ATTEMPTS):
             try:
+                self._connect()
                 step()
             except Error as error:
                 logger.warning("A step of stopping failed: %s", error)
-                _close(self._using)
+                if not self._database.is_busy(error):
+                    _close(self._using)
             else:
                 return True
         return False

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from django.db import Error, connections
 
 from . import databases, lifecycle
-from .attempts import Ended
+from .attempts import Claim, Ended
 from .models import ConsumerModel
 from .reporting import log_settled
 
@@ -52,6 +52,7 @@ class Heartbeat(threading.Thread):
         self._on_rescued = on_rescued
         self._stopping = threading.Event()
         self._first_looks: dict[int, _Look] = {}
+        self._orphans: set[Claim] = set()
         self._consumer = 0
         self._prepared: object = None
         self._renewed_at = monotonic()
@@ -118,6 +119,10 @@ class Heartbeat(threading.Thread):
             else:
                 looks[suspect.pk] = look
         self._first_looks = looks
+        orphans = set(lifecycle.orphans(using=self._using))
+        if twice_seen := sorted(orphans & self._orphans):
+            lifecycle.rescue_orphans(twice_seen, using=self._using)
+        self._orphans = orphans
 
     def _rescue(self, suspect: ConsumerModel) -> None:
         lifecycle.end_sessions(suspect, using=self._using)

@@ -307,6 +307,28 @@ def rescue(suspect: ConsumerModel, *, using: str) -> list[Settlement] | None:
     return settlements
 
 
+def orphans(*, using: str) -> list[Claim]:
+    """Return running rows whose consumer has no row: claimed by one that was already rescued."""
+    consumers = ConsumerModel.objects.using(using).values("pk")
+    rows = TaskModel.objects.using(using).filter(status=Status.RUNNING)
+    return _as_claims(rows.exclude(consumer__in=consumers))
+
+
+def rescue_orphans(claims: Sequence[Claim], *, using: str) -> None:
+    """Free rows that :func:`orphans` returned at two looks in a row."""
+    max_rescues = get_settings().MAX_RESCUES
+    for item in claims:
+        settlement = decide_rescued(
+            item, was_alone=False, consumer="(unknown)", max_rescues=max_rescues
+        )
+        try:
+            settle(settlement, using=using, consumer=None)
+        except LeaseLost as event:
+            logger.debug("%s", event)
+        else:
+            logger.warning("Rescued task %s, whose consumer was gone", item.id)
+
+
 # --- what people do
 
 

@@ -12,6 +12,7 @@ from firefly_jobs.exceptions import ImplicitCommitError
 
 from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Session
 
+_CANDIDATES_PER_CLAIM = 3
 _DEADLOCK, _LOCK_TIMEOUT = 1213, 1205
 
 # Statements that commit the open transaction by themselves:
@@ -112,7 +113,7 @@ class MySQLSession(Session):
 
 
 class MySQL(Database):
-    """Two statements claim, since these databases cannot return the rows they update."""
+    """Three statements claim, since these databases cannot return the rows they update."""
 
     session_class = MySQLSession
     now = "UTC_TIMESTAMP(6)"
@@ -133,18 +134,26 @@ class MySQL(Database):
         consumer: int,
         not_below: Any = None,  # noqa: ARG002 - no dead entries here
     ) -> list[Claim]:
-        """Lock with SKIP LOCKED, then update what was locked."""
-        # MariaDB 10.11 and MySQL 8 cannot return the rows an UPDATE changed, so the
-        # claim is two statements here and one on PostgreSQL.  Both hold the row locks
-        # from the first statement on; see tests/conformance/test_claiming.py.
-        with self.write_transaction(connection), connection.cursor() as cursor:
+        """Find candidates without a lock, lock them with SKIP LOCKED, then update."""
+        # MariaDB 10.11 and MySQL 8 cannot return the rows an UPDATE changed.  And a range
+        # scan FOR UPDATE keeps the entry behind its end locked, which may be a running
+        # row that a rescuer then has to pass over; so rows are locked by primary key.
+        # Rows that another consumer has just locked are made up for by more candidates.
+        with connection.cursor() as cursor:
             cursor.execute(
-                f"SELECT {CLAIM_COLUMNS} FROM {TABLE} WHERE status = 'created' AND queue = %s "  # noqa: S608 - only our own names are formatted in
-                f"AND priority = %s AND run_at <= {self.now} ORDER BY run_at, id LIMIT %s "
-                f"FOR UPDATE SKIP LOCKED",
-                [queue, priority, limit],
+                f"SELECT id FROM {TABLE} WHERE status = 'created' AND queue = %s "  # noqa: S608 - only our own names are formatted in
+                f"AND priority = %s AND run_at <= {self.now} ORDER BY run_at, id LIMIT %s",
+                [queue, priority, limit * _CANDIDATES_PER_CLAIM],
             )
-            rows = [Claim._make(row) for row in cursor.fetchall()]
+            candidates = [pk for (pk,) in cursor.fetchall()]
+        if not candidates:
+            return []
+        with self.write_transaction(connection), connection.cursor() as cursor:
+            rows: list[Claim] = []
+            while candidates and len(rows) < limit:
+                wanted = limit - len(rows)
+                rows += self._lock(cursor, candidates[:wanted])
+                candidates = candidates[wanted:]
             if not rows:
                 return []
             cursor.execute(
@@ -152,7 +161,17 @@ class MySQL(Database):
                 f"started = {self.now} WHERE id IN ({', '.join(['%s'] * len(rows))})",
                 [consumer, *(row.id for row in rows)],
             )
+        rows.sort(key=lambda row: (row.run_at, row.id))
         return [row._replace(fence=row.fence + 1) for row in rows]
+
+    def _lock(self, cursor: Any, ids: list[int]) -> list[Claim]:
+        cursor.execute(
+            f"SELECT {CLAIM_COLUMNS} FROM {TABLE} FORCE INDEX (PRIMARY) "  # noqa: S608 - only our own names are formatted in
+            f"WHERE id IN ({', '.join(['%s'] * len(ids))}) AND status = 'created' "
+            f"AND run_at <= {self.now} FOR UPDATE SKIP LOCKED",
+            ids,
+        )
+        return [Claim._make(row) for row in cursor.fetchall()]
 
     def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
         """Complete with one UPDATE joined to the outcomes, which travel as one JSON text."""
