@@ -8,9 +8,13 @@ Arguments go to pytest.
 """
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import IO
 
 from testproject.databases import database_from_url
 
@@ -56,15 +60,49 @@ def why_unreachable(target: Target) -> str | None:
     return None
 
 
-def run(target: Target, arguments: list[str]) -> int:
-    """Run pytest on ``target`` and return its exit code."""
+def start(
+    target: Target, arguments: list[str], output: IO[bytes] | None
+) -> subprocess.Popen[bytes]:
+    """Start pytest on ``target``; it prints to ``output``, or to our own."""
     environment = os.environ.copy()
     environment.pop("FIREFLY_DATABASE", None)
     if target.url is not None:
         environment["FIREFLY_DATABASE"] = target.url
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments], env=environment, check=False
-    ).returncode
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", *arguments],
+        env=environment,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+    )
+
+
+def run_all(targets: list[Target], arguments: list[str]) -> list[int]:
+    """Run pytest on all targets at the same time; show one after the other.
+
+    Most of the time a test waits for a lease or a process, so together they take little
+    longer than the slowest.
+    """
+    print(f"Running at the same time: {', '.join(target.name for target in targets)}.", flush=True)
+    with ExitStack() as stack:
+        outputs = [
+            None if target is targets[0] else stack.enter_context(tempfile.TemporaryFile())
+            for target in targets
+        ]
+        running = [
+            start(target, arguments, output)
+            for target, output in zip(targets, outputs, strict=True)
+        ]
+        codes = []
+        for target, process, output in zip(targets, running, outputs, strict=True):
+            print(f"\n=== {target.name} ===", flush=True)
+            codes.append(process.wait())
+            if output is not None:
+                output.seek(0)
+                shutil.copyfileobj(output, sys.stdout.buffer)
+            if target is not targets[-1]:
+                result = "passed" if codes[-1] == 0 else f"exit code {codes[-1]}"
+                print(f"=== {target.name}: {result} ===", flush=True)
+    return codes
 
 
 def main(arguments: list[str]) -> int:
@@ -80,13 +118,9 @@ def main(arguments: list[str]) -> int:
             failures.append(1)
     if failures:
         print("REQUIRE_DATABASES=1, so a database left out is a failure.", flush=True)
-    for target in reachable:
-        print(f"\n=== {target.name} ===", flush=True)
-        code = run(target, arguments)
+    for code in run_all(reachable, arguments):
         if code and not (arguments and code == NOTHING_TO_RUN):
             failures.append(code)
-        if target is not reachable[-1]:
-            print(f"=== {target.name}: {'passed' if code == 0 else f'exit code {code}'} ===")
     return failures[0] if failures else 0
 
 

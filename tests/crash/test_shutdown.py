@@ -112,10 +112,10 @@ def test_call_that_outlasts_the_shutdown_timeout_is_given_back_unspent(
 
     ends_soon(consumer)
     row.refresh_from_db()
-    assert (row.status, row.consumer, row.started) == ("created", None, None), describe_rows()
+    assert (row.status, row.consumer, row.already_run) == ("created", None, True), describe_rows()
     assert not effects()
     nothing_was_spent()
-    assert not TaskAttempt.objects.exists()
+    assert [attempt.outcome for attempt in TaskAttempt.objects.all()] == ["released"]
     assert not ConsumerModel.objects.exists()
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.contrib import admin
+from django.contrib.admin.utils import label_for_field
 from django.core.management import get_commands, load_command_class
 from django.core.management.base import BaseCommand
 from django.db import models
 
 import firefly_jobs
-from firefly_jobs import conf, exceptions, options, retries, states
+from firefly_jobs import attempts, conf, exceptions, lifecycle, options, retries, slots, states
+from firefly_jobs.admin import presentation, rows, tasks
 from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskModel
 
 from .pages import DOCS, headings, read, section, table
@@ -76,6 +79,60 @@ def test_every_exception_is_documented() -> None:
 def test_every_field_is_documented(model: type[models.Model]) -> None:
     documented = set(table(section(read("reference/models.md"), model.__name__)))
     assert documented == {field.name for field in model._meta.fields}
+
+
+def _numbers(text: str) -> set[str]:
+    return set(re.findall(r"\d+(?:[,.]\d+)*", text))
+
+
+def test_every_bound_of_the_admin_is_documented() -> None:
+    bounds = {
+        rows.COUNT_MAX,
+        rows.COUNT_MAX + 1,
+        rows.SEARCH_ROWS,
+        tasks.ATTEMPTS_SHOWN,
+        presentation.ARGUMENTS_SHOWN,
+        lifecycle.BATCH_SIZE,
+    }
+    documented = _numbers(section(read("reference/admin.md"), "Bounds").partition("**")[0])
+    assert documented == {f"{bound:,}" for bound in bounds}
+    assert str(rows.QUEUES_SHOWN) in section(read("reference/admin.md"), "Filters and search")
+
+
+def test_every_column_part_and_action_of_the_admin_is_documented() -> None:
+    page, shown = read("reference/admin.md"), admin.site._registry[TaskModel]
+    columns = {
+        str(label_for_field(name, TaskModel, shown)).lower()
+        for name in tasks.TaskAdmin.list_display
+    }
+    assert set(table(section(page, "Columns"))) == columns
+    assert set(table(section(page, "Actions"))) == set(tasks.TaskAdmin.actions)
+    parts = re.findall(r"^\| ([A-Z]\w+) \|", section(page, "One task"), re.MULTILINE)
+    assert parts == [str(title) for title, _ in shown.fieldsets or () if title]
+
+
+def test_losses_are_counted_as_the_page_says() -> None:
+    claim = attempts.Claim(1, 1, "shop.f", "default", 0, None, "", 0, 0, 0, None, 0, 0)
+    losses, status = 0, states.Status.CREATED
+    while status is states.Status.CREATED:
+        outcome = attempts.Outcome(claim=claim, duration=0.0, error=OSError(), is_lost=True)
+        settlement = attempts.decide(outcome, max_rescues=conf.Settings().MAX_RESCUES)
+        losses, status = losses + 1, settlement.status
+        claim = claim._replace(
+            rescues=claim.rescues + settlement.rescues,
+            lost_alone=claim.lost_alone + settlement.losses_alone,
+        )
+    words = {3: "third", 4: "fourth", 5: "fifth", 6: "sixth", 7: "seventh"}
+    text = section(read("explanation/failures.md"), "How many losses")
+    assert f"that is the {words[losses]} loss at the earliest" in " ".join(text.split())
+    assert text.count("| first, second | among others |") == 1
+    assert attempts.ALONE_AFTER_RESCUES == 2
+
+
+def test_the_pauses_between_probes_are_documented() -> None:
+    claims = _numbers(section(read("explanation/claims.md"), "Claims"))
+    pauses = {slots.PROBE_SECONDS_MIN, slots.PROBE_SECONDS_MAX, slots.SLOW_SECONDS}
+    assert {f"{pause:g}" for pause in pauses} <= claims
 
 
 def test_every_status_and_outcome_is_documented() -> None:

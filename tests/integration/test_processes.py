@@ -1,9 +1,11 @@
+import re
 import signal
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from django.conf import settings
+from django.db import connections
 
 from tests.support.waiting import eventually
 from tests.testapp.models import Effect
@@ -36,7 +38,8 @@ def test_second_alias_is_shared_as_well(start_manage):
 
     process = start_manage("shell", "--no-imports", "-c", code)
 
-    process.wait_for_line("test_firefly\\w*_other")
+    name = re.escape(connections["other"].settings_dict["NAME"])
+    process.wait_for_line(f"{name}$")
     assert process.wait() == 0
 
 

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -13,7 +14,9 @@ from firefly_jobs.checkpoints import CHECKPOINTS, _parse, reach
 def sent(monkeypatch):
     """Collect the signals that would end this process."""
     signals: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append((pid, number)))
+    monkeypatch.setattr(
+        signal, "pthread_kill", lambda thread, number: signals.append((thread, number))
+    )
     return signals
 
 
@@ -45,7 +48,7 @@ def test_an_armed_checkpoint_signals_this_process_the_first_time_only(monkeypatc
     reach("settling")
     reach("settling")
 
-    assert sent == [(os.getpid(), signal.SIGSTOP)]
+    assert sent == [(threading.get_ident(), signal.SIGSTOP)]
 
 
 def test_no_checkpoint_is_armed_here():
