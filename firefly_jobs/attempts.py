@@ -142,7 +142,8 @@ def decide(outcome: Outcome, *, max_rescues: int) -> Settlement:
 
     Args:
         outcome: How the attempt ended.
-        max_rescues: Losses that a task survives (``FIREFLY_JOBS["MAX_RESCUES"]``).
+        max_rescues: Losses while alone that a task survives
+            (``FIREFLY_JOBS["MAX_RESCUES"]``).
     """
     error = outcome.error
     if outcome.is_interrupted:

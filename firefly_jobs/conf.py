@@ -122,7 +122,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "SIGNING": _is_flag,
     "MAX_PAYLOAD_BYTES": _is_count(1),
     "LEASE_SECONDS": _is_duration(positive=True),
-    "MAX_RESCUES": _is_count(0),
+    "MAX_RESCUES": _is_count(0, 10_000),
     "LANE_TIMEOUT": _is_duration(positive=True),
     "SHUTDOWN_TIMEOUT": _is_duration(positive=False),
     "ASYNC_SLOTS": _is_count(1),

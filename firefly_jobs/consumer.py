@@ -71,8 +71,7 @@ class Consumer:
         self._shutdown_timeout = (
             settings.SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
         )
-        # Signal handlers may interrupt this thread anywhere, so what wakes it must be
-        # reentrant; SimpleQueue.put is, Event.set is not.
+        # Lanes, the event loop, the heartbeat and signals wake the dispatcher through it.
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._is_woken = self._is_stopping = self._is_rescued = self._has_failed = False
         self._id = 0
@@ -292,8 +291,8 @@ class Consumer:
             extra={"consumer": self._id},
         )
         self._is_rescued = False
-        # A claim may have come in between the rescue and this moment: nobody else looks
-        # for rows of a consumer that is gone.
+        # A claim may have come in between the rescue and this moment.  Others would find
+        # such orphans too, but only at their second look.
         lifecycle.release(lost, using=self._using)
         self._reconcile()
         self._register()
@@ -389,6 +388,8 @@ class Consumer:
             )
             self._slots.interrupt()
             self._await_calls(INTERRUPT_SECONDS)
+        if self._holdings.running:
+            self._slots.break_off()
         self._insist(self._give_back_the_rest)
         self._slots.stop(timeout_seconds=INTERRUPT_SECONDS)
         self._heartbeat.stop()

@@ -143,7 +143,7 @@ def settle(settlement: Settlement, *, using: str, consumer: int | None) -> None:
     with databases.of(using).write_transaction(connections[using]):
         if not _write(settlement, using):
             raise lease_lost(settlement.claim)
-        if settlement.has_started:
+        if settlement.has_started and settlement.ended is not Ended.COMPLETED:
             _attempt(settlement, consumer).save(using=using, force_insert=True)
         reach("settling")
     reach("settled")
@@ -183,7 +183,8 @@ def _write(settlement: Settlement, using: str) -> bool:
     if settlement.status is Status.FAILED:
         values["failed"] = DatabaseNow()
     if settlement.status is Status.COMPLETED:
-        values.update(completed=DatabaseNow(), failed=None, raw_returned=settlement.returned)
+        values.update(completed=DatabaseNow(), failed=None, error="")
+        values["raw_returned"] = settlement.returned
     if settlement.delay_seconds is not None:
         values["not_before"] = SecondsFromNow(settlement.delay_seconds)
     if settlement.error is not None:

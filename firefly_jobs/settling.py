@@ -123,7 +123,7 @@ class Settler:
                 raise
             settlement = decide(replace(outcome, error=error), max_rescues=0)
             lifecycle.settle(
-                replace(settlement, delay_seconds=None, traceback=""),
+                replace(settlement, traceback=""),
                 using=self._using,
                 consumer=consumer,
             )

@@ -122,6 +122,12 @@ class Slots:
         if self._loop is not None:
             self._loop.interrupt()
 
+    def break_off(self) -> None:
+        """Free what calls that could not be interrupted hold; the process is about to end."""
+        self._lane.break_off()
+        if self._loop is not None:
+            self._loop.break_off()
+
     def stop(self, *, timeout_seconds: float) -> None:
         """End the threads; what cannot be ended is left behind."""
         self._holdings.close()

@@ -201,6 +201,16 @@ class CallTransaction:
         self._prepared = None
         self._use_connection()
 
+    def interrupt(self) -> None:
+        """End a running statement, from another thread, where the driver can."""
+        if self._connection.connection is not None:
+            self._session.interrupt()
+
+    def break_off(self) -> None:
+        """From another thread: free what a call that cannot be interrupted holds."""
+        if self._connection.connection is not None:
+            self._session.break_off()
+
     def close(self) -> None:
         """End what is open and close every connection of this thread."""
         self.leave()

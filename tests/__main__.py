@@ -1,7 +1,7 @@
 """Run the tests once per database that answers: SQLite, PostgreSQL, MariaDB or MySQL.
 
-What is left out, and the result of earlier runs, is told before a run starts,
-so that the last lines are pytest's own.  With ``REQUIRE_DATABASES=1`` a database
+They run at the same time and are shown one after the other, so that the last
+lines are pytest's own.  With ``REQUIRE_DATABASES=1`` a database
 that does not answer is a failure.  ``TEST_POSTGRESQL_URL`` and ``TEST_MYSQL_URL``
 name other servers, or another database name for a second run at the same time.
 Arguments go to pytest.
@@ -118,9 +118,8 @@ def main(arguments: list[str]) -> int:
             failures.append(1)
     if failures:
         print("REQUIRE_DATABASES=1, so a database left out is a failure.", flush=True)
-    for code in run_all(reachable, arguments):
-        if code and not (arguments and code == NOTHING_TO_RUN):
-            failures.append(code)
+    ignored = {0, NOTHING_TO_RUN} if arguments else {0}
+    failures += [code for code in run_all(reachable, arguments) if code not in ignored]
     return failures[0] if failures else 0
 
 

@@ -82,6 +82,16 @@ class Session:
         with self.connection.wrap_database_errors:
             self.connection.connection.rollback()
 
+    def interrupt(self) -> None:
+        """End a running statement, from another thread, where the driver can."""
+
+    def break_off(self) -> None:
+        """Free what the transaction of a call that cannot be interrupted holds here.
+
+        Called from another thread, as the last thing before the process ends; the call
+        must not be able to use the connection afterwards.
+        """
+
 
 class Database:
     """The statements and capabilities of one kind of database."""

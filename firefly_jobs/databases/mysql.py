@@ -151,9 +151,9 @@ class MySQL(Database):
         with self.write_transaction(connection), connection.cursor() as cursor:
             rows: list[Claim] = []
             while candidates and len(rows) < limit:
-                wanted = limit - len(rows)
-                rows += self._lock(cursor, candidates[:wanted])
-                candidates = candidates[wanted:]
+                rows += self._lock(cursor, candidates[:limit])
+                candidates = candidates[limit:]
+            rows = sorted(rows, key=lambda row: (row.run_at, row.id))[:limit]
             if not rows:
                 return []
             cursor.execute(
@@ -161,7 +161,6 @@ class MySQL(Database):
                 f"started = {self.now} WHERE id IN ({', '.join(['%s'] * len(rows))})",
                 [consumer, *(row.id for row in rows)],
             )
-        rows.sort(key=lambda row: (row.run_at, row.id))
         return [row._replace(fence=row.fence + 1) for row in rows]
 
     def _lock(self, cursor: Any, ids: list[int]) -> list[Claim]:

@@ -87,6 +87,14 @@ class SQLiteSession(Session):
         """Whether SQLite rolled back by itself (disk full, I/O error, out of memory)."""
         return not self.connection.connection.in_transaction
 
+    def interrupt(self) -> None:
+        """End a running query; the one call of the driver that is safe from other threads."""
+        self.connection.connection.interrupt()
+
+    def break_off(self) -> None:
+        """Close the file, and with it the write lock: nobody can settle anything before."""
+        self.connection.connection.close()
+
 
 class SQLite(Database):
     """A claim is one UPDATE; a batch is settled in one transaction."""

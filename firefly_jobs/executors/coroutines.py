@@ -66,6 +66,10 @@ class CoroutineLoop(threading.Thread):
         """Cancel every running call; called from the dispatcher's thread."""
         self._ready.result().call_soon_threadsafe(self._cancel_all)
 
+    def break_off(self) -> None:
+        """Free what calls that did not hear their cancellation hold in the database."""
+        self._pool.break_off()
+
     def stop(self) -> None:
         """End the loop; called from the dispatcher's thread."""
         self._ready.result().call_soon_threadsafe(self._ending.set)

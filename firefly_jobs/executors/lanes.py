@@ -117,6 +117,13 @@ class LanePool:
             self.holders[lane] = binding.holder
         binding.granted(lane)
 
+    def break_off(self) -> None:
+        """Free what calls that did not hear their cancellation hold in the database."""
+        with self._lock:
+            held = list(self.holders)
+        for lane in held:
+            lane.transaction.break_off()
+
     def close(self) -> None:
         """End the free lanes; those in use end with the process."""
         with self._lock:

@@ -60,10 +60,11 @@ class SyncLane(threading.Thread):
         self._using = using
         self._guard = threading.Lock()
         self._current: Claim | None = None
+        self._transaction: CallTransaction | None = None
 
     def run(self) -> None:
         """Take claims until there are no more."""
-        transaction = CallTransaction(self._using, owner=self._work.owner)
+        transaction = self._transaction = CallTransaction(self._using, owner=self._work.owner)
         try:
             while (claim := self._work.next_sync()) is not None:
                 with self._guard:
@@ -90,7 +91,14 @@ class SyncLane(threading.Thread):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(self.ident), ctypes.py_object(StopRequested)
             )
-            return True
+        if self._transaction is not None:
+            self._transaction.interrupt()
+        return True
+
+    def break_off(self) -> None:
+        """Free what a call that did not hear :meth:`interrupt` holds in the database."""
+        if self._current is not None and self._transaction is not None:
+            self._transaction.break_off()
 
     def _execute(self, claim: Claim, transaction: CallTransaction) -> None:
         """Call the function and settle what it touched; report the rest."""

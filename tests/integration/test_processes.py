@@ -38,7 +38,7 @@ def test_second_alias_is_shared_as_well(start_manage):
 
     process = start_manage("shell", "--no-imports", "-c", code)
 
-    name = re.escape(connections["other"].settings_dict["NAME"])
+    name = re.escape(str(connections["other"].settings_dict["NAME"]))
     process.wait_for_line(f"{name}$")
     assert process.wait() == 0
 
