@@ -18,7 +18,7 @@ from django.db import DatabaseError, connections
 from django.db.models import F, QuerySet
 
 from . import databases
-from .attempts import Claim, Settlement, decide_rescued
+from .attempts import Claim, Ended, Settlement, decide_rescued
 from .checkpoints import reach
 from .conf import get_settings
 from .databases import Completion
