@@ -58,7 +58,8 @@ def _claim(cursor: Any, now: str) -> list[int]:
     skip = "FOR UPDATE SKIP LOCKED" if connection.vendor == "postgresql" else ""
     cursor.execute(
         f"UPDATE {TABLE} SET status = 'running', started = {now} WHERE id IN (SELECT id FROM "
-        f"{TABLE} WHERE {due} ORDER BY run_at, id LIMIT {BATCH} {skip}) RETURNING id, params"
+        f"{TABLE} WHERE {due} ORDER BY run_at, id LIMIT {BATCH} {skip}) RETURNING id, params",
+        [],  # with parameters, SQLite's backend reads %% as it does in ours
     )
     return [row[0] for row in cursor.fetchall()]
 

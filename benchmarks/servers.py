@@ -36,14 +36,14 @@ def database(kind: str) -> Iterator[str]:
     if kind == "sqlite":
         with tempfile.TemporaryDirectory() as folder:
             url = f"sqlite:///{folder}/benchmark.sqlite3"
-            django(url, "migrate", "--run-syncdb", "-v0")
+            django(url, "migrate", "--run-syncdb", "-v0", "--skip-checks")
             yield url
         return
     url, drop, create = _server(kind)
     _execute(kind, drop)
     _execute(kind, create)
     try:
-        django(url, "migrate", "--run-syncdb", "-v0")
+        django(url, "migrate", "--run-syncdb", "-v0", "--skip-checks")
         yield url
     finally:
         _execute(kind, drop)
