@@ -244,6 +244,11 @@ class Consumer:
         if self._settler.is_urgent or self._is_quiet:
             self._awaken()
 
+    def crashed(self) -> None:
+        """Stop with an error: an executor ended by a mistake of its own."""
+        self._has_failed = True
+        self.stop()
+
     def _on_settled(self, claim: Claim, settlement: Settlement | None) -> None:
         self._holdings.done(claim)
         self._after(claim)

@@ -77,7 +77,14 @@ class CoroutineLoop(threading.Thread):
     def _spawn(self, claim: Claim) -> None:
         running = asyncio.get_running_loop().create_task(self._execute(claim))
         self._running[claim] = running
-        running.add_done_callback(lambda _: self._running.pop(claim, None))
+        running.add_done_callback(lambda done: self._done(claim, done))
+
+    def _done(self, claim: Claim, done: asyncio.Task[None]) -> None:
+        self._running.pop(claim, None)
+        if not done.cancelled() and (error := done.exception()) is not None:
+            # A mistake of ours: the claim would be held, and never settled.
+            logger.error("Settling a coroutine failed; the consumer stops", exc_info=error)
+            self._work.crashed()
 
     def _cancel_all(self) -> None:
         for claim, running in self._running.items():

@@ -43,6 +43,9 @@ class Work(Protocol):
     def ended(self, outcome: Outcome, *, is_urgent: bool) -> None:
         """Take over an outcome that is still to be settled."""
 
+    def crashed(self) -> None:
+        """Stop with an error: an executor ended by a mistake of its own."""
+
 
 class SyncLane(threading.Thread):
     """Execute claims one after the other on this thread.
@@ -76,6 +79,10 @@ class SyncLane(threading.Thread):
                         self._current = None
         except StopRequested:
             logger.debug("A lane was stopped between two calls")
+        except BaseException:
+            # A mistake of ours: without its lane the consumer would look alive and do nothing.
+            logger.exception("A lane ended unexpectedly; the consumer stops")
+            self._work.crashed()
         finally:
             transaction.close()
 

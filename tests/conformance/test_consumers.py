@@ -9,7 +9,7 @@ import pytest
 from django.db import connection
 from django.utils import timezone
 
-from firefly_jobs import current_task, lifecycle
+from firefly_jobs import Consumer, current_task, lifecycle
 from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import (
@@ -607,3 +607,20 @@ def test_moments_are_right_whatever_zone_the_server_speaks():
     assert due.created <= due.started <= due.completed
     assert due.run_at == due.not_before
     assert later.run_at == later.not_before
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_consumer_whose_executor_breaks_stops_with_an_error(monkeypatch, kind):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("a mistake of ours")
+
+    async def acall():
+        raise ValueError("failed")
+
+    def call():
+        raise ValueError("failed")
+
+    monkeypatch.setattr("firefly_jobs.executors.calls.failed_outcome", broken)
+    schedule(call if kind == "sync" else acall)
+
+    assert Consumer(shutdown_timeout=0.1).run() == 1
