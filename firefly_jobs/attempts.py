@@ -153,7 +153,7 @@ def decide(outcome: Outcome, *, max_rescues: int) -> Settlement:
     if outcome.is_lost:
         return _decide_lost(outcome, max_rescues)
     if isinstance(error, Cancel):
-        return _settle(outcome, Ended.CANCELLED, Status.CANCELLED, error=str(error))
+        return _settle(outcome, Ended.CANCELLED, Status.CANCELLED, error=_reason(error))
     if isinstance(error, Snooze):
         return _settle(outcome, Ended.SNOOZED, Status.CREATED, delay_seconds=error.delay_seconds)
     return _decide_failed(outcome, error)
@@ -259,6 +259,13 @@ def describe(error: BaseException) -> str:
     except Exception as broken:  # noqa: BLE001 - an exception's own __str__ may raise
         text = f"{type(error).__name__} (its text raised {type(broken).__name__})"
     return _storable(text.rstrip(": ")[:ERROR_LENGTH_MAX])
+
+
+def _reason(error: Cancel) -> str:
+    try:
+        return _storable(str(error)[:ERROR_LENGTH_MAX])
+    except Exception:  # noqa: BLE001 - a subclass's own __str__ may raise
+        return type(error).__name__
 
 
 def _storable(text: str) -> str:

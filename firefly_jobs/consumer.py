@@ -17,7 +17,7 @@ from time import monotonic
 
 from django.db import Error, connections
 
-from . import databases, lifecycle
+from . import databases, lifecycle, registry
 from .attempts import Claim, Ended, Outcome, Settlement
 from .claiming import Claimer
 from .conf import get_settings
@@ -124,11 +124,16 @@ class Consumer:
 
     def _turn(self) -> None:
         """Do what is due, then sleep until something else is."""
+        if not self._slots.is_healthy:
+            self.crashed()
+            return
         self._connect()
         if self._is_rescued:
             self._register_anew()
         if self._is_flush_due():
             self._settler.flush(consumer=self._id)
+            if self._is_stopping:
+                return
         self._release(self._holdings.take_waiting(older_than_seconds=WAITING_SECONDS_MAX))
         if monotonic() >= self._next_reconcile_at:
             self._reconcile()
@@ -187,11 +192,10 @@ class Consumer:
         return min(moments) - now
 
     def _wait(self, seconds: float) -> None:
-        if seconds > 0:
-            try:
-                self._wake.get(timeout=seconds)
-            except Empty:
-                return
+        try:
+            self._wake.get(block=seconds > 0, timeout=max(seconds, 0.0))
+        except Empty:
+            return
         self._is_woken = False
 
     def _awaken(self) -> None:
@@ -223,7 +227,7 @@ class Consumer:
 
     def settled(self, completion: Completion, claim: Claim) -> None:
         """Take note of a call that was settled in its own transaction."""
-        self._slots.pace.observe(completion.duration)
+        self._observe(claim, completion.duration)
         self._holdings.done(claim)
         log_completed(claim, completion.duration)
         self._after(claim)
@@ -238,11 +242,16 @@ class Consumer:
 
     def ended(self, outcome: Outcome, *, is_urgent: bool) -> None:
         """Take over an outcome that is still to be settled."""
-        self._slots.pace.observe(outcome.duration)
+        self._observe(outcome.claim, outcome.duration)
         self._settler.add(outcome, is_urgent=is_urgent)
         self._holdings.returned(outcome.claim)
         if self._settler.is_urgent or self._is_quiet:
             self._awaken()
+
+    def _observe(self, claim: Claim, duration: float) -> None:
+        # Coroutines mostly wait; they say nothing about how fast the lane is.
+        if not registry.is_async(claim.func_name):
+            self._slots.pace.observe(duration)
 
     def crashed(self) -> None:
         """Stop with an error: an executor ended by a mistake of its own."""
@@ -296,9 +305,12 @@ class Consumer:
             extra={"consumer": self._id},
         )
         self._is_rescued = False
+        if self._slots.is_alone_waiting and self._slots.alone is not None:
+            self._holdings.done(self._slots.alone)
+            self._slots.forget_alone()
         # A claim may have come in between the rescue and this moment.  Others would find
         # such orphans too, but only at their second look.
-        lifecycle.release(lost, using=self._using)
+        self._release(lost)
         self._reconcile()
         self._register()
 
@@ -325,6 +337,8 @@ class Consumer:
     def _release(self, claims: list[Claim]) -> None:
         if claims:
             lifecycle.release(claims, using=self._using)
+            for claim in claims:
+                self._slots.forget_alone(claim)
             if self._tasks_left is not None:
                 self._tasks_left += len(claims)
 
@@ -350,6 +364,8 @@ class Consumer:
         if self._slots.alone is not None:
             self._give_back(self._slots.alone, has_started=False, delay_seconds=delay_seconds)
             self._slots.forget_alone()
+            if self._tasks_left is not None:
+                self._tasks_left += 1
 
     def _connect(self) -> None:
         connection = connections[self._using]

@@ -52,7 +52,7 @@ class BaseTask(Generic[P, R]):
         self.name = options.name or f"{func.__module__}.{func.__qualname__}"
         self._signature = _signature(func, takes_context=options.takes_context)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function itself, here and now."""
         return self.func(*args, **kwargs)
 
@@ -90,11 +90,19 @@ class BaseTask(Generic[P, R]):
             kwargs = dict(kwargs)
             options = options.using(eta=kwargs.pop("eta"))
         try:
+            if options.takes_context:
+                self._refuse_context(kwargs)
             self._signature.bind(*args, **kwargs)
         except TypeError as error:
             message = f"{self.name}{self._signature} cannot be called like this: {error}."
             raise TypeError(message) from None
         return enqueue.build(self.name, options, args, kwargs)
+
+    def _refuse_context(self, kwargs: dict[str, Any]) -> None:
+        first = next(iter(inspect.signature(self.func).parameters.values()))
+        if first.name in kwargs and first.kind is first.POSITIONAL_OR_KEYWORD:
+            message = f"the consumer passes {first.name!r} itself (takes_context=True)"
+            raise TypeError(message)
 
     async def _aschedule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskModel:
         # Thread-sensitive, like every query of Django's: the row joins the transaction
@@ -105,10 +113,10 @@ class BaseTask(Generic[P, R]):
         return enqueue.insert(self.row(args, kwargs), using=self.options.database)
 
     @overload
-    async def aschedule(self, *args: P.args, **kwargs: P.kwargs) -> TaskModel: ...
+    async def aschedule(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskModel: ...
     @overload
-    async def aschedule(self, *args: Any, eta: datetime | None, **kwargs: Any) -> TaskModel: ...
-    async def aschedule(self, *args: Any, **kwargs: Any) -> TaskModel:
+    async def aschedule(self, /, *args: Any, eta: datetime | None, **kwargs: Any) -> TaskModel: ...
+    async def aschedule(self, /, *args: Any, **kwargs: Any) -> TaskModel:
         """Schedule a call from a coroutine; like ``schedule`` otherwise."""
         return await self._aschedule(args, kwargs)
 
@@ -117,10 +125,10 @@ class Task(BaseTask[P, R]):
     """A plain function that can be scheduled."""
 
     @overload
-    def schedule(self, *args: P.args, **kwargs: P.kwargs) -> TaskModel: ...
+    def schedule(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskModel: ...
     @overload
-    def schedule(self, *args: Any, eta: datetime | None, **kwargs: Any) -> TaskModel: ...
-    def schedule(self, *args: Any, **kwargs: Any) -> TaskModel:
+    def schedule(self, /, *args: Any, eta: datetime | None, **kwargs: Any) -> TaskModel: ...
+    def schedule(self, /, *args: Any, **kwargs: Any) -> TaskModel:
         """Write one row for a call with these arguments, in the caller's transaction.
 
         Args:
@@ -146,10 +154,10 @@ class AsyncTask(BaseTask[P, Coroutine[Any, Any, R]]):
     is_async = True
 
     @overload
-    async def schedule(self, *args: P.args, **kwargs: P.kwargs) -> TaskModel: ...
+    async def schedule(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskModel: ...
     @overload
-    async def schedule(self, *args: Any, eta: datetime | None, **kwargs: Any) -> TaskModel: ...
-    async def schedule(self, *args: Any, **kwargs: Any) -> TaskModel:
+    async def schedule(self, /, *args: Any, eta: datetime | None, **kwargs: Any) -> TaskModel: ...
+    async def schedule(self, /, *args: Any, **kwargs: Any) -> TaskModel:
         """Schedule a call; awaitable, and like :meth:`Task.schedule` otherwise."""
         return await self._aschedule(args, kwargs)
 

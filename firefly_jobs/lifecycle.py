@@ -149,11 +149,17 @@ def settle(settlement: Settlement, *, using: str, consumer: int | None) -> None:
     reach("settled")
 
 
+def was_completed(claim: Claim, *, using: str) -> bool:
+    """Whether the row was completed under this claim's fence: by nobody else, then."""
+    rows = TaskModel.objects.using(using)
+    return rows.filter(pk=claim.id, fence=claim.fence, status=Status.COMPLETED).exists()
+
+
 def was_settled(claim: Claim | Completion, *, using: str) -> bool:
     """Whether the row was already settled under this claim's fence.
 
-    Only the holder of a fence settles a row under it, so if the row ended there, it was
-    us, and the answer got lost on the way.
+    Then it is no surprise that it is not held any more: either the answer to our own
+    statement got lost on the way, or a rescuer or a person ended what had been taken from us.
     """
     return (
         TaskModel.objects.using(using)

@@ -139,8 +139,8 @@ class TaskModel(models.Model):
         """Whether any attempt at this call has started."""
         if self.started is not None or self.retry_attempts > 0 or self.rescues > 0:
             return True
-        # Claimed once more, but given back before it started: then history tells.
-        return self.fence > 1 and self.attempts.exists()
+        # Claimed or revived since, but not started again: then history tells.
+        return self.fence > 0 and self.attempts.exists()
 
     def cancel(self) -> bool:
         """Cancel this call if it has not started; return whether it was cancelled."""

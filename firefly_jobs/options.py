@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from django.utils import timezone
@@ -30,6 +30,10 @@ from .serializers import FORMATS
 
 PRIORITY_MIN, PRIORITY_MAX = -100, 100
 NAME_LENGTH_MAX = 200
+
+# What every database stores, in every time zone.
+ETA_MIN = datetime(1000, 1, 2, tzinfo=UTC)
+ETA_MAX = datetime(9999, 12, 30, tzinfo=UTC)
 
 # What belongs to the function and not to one call of it: refused by using().
 FIXED = frozenset({"name", "aliases", "atomic", "takes_context"})
@@ -167,11 +171,11 @@ def check_queue(queue: Any) -> None:
     if not isinstance(queue, str):
         message = f"queue must be a string, got {queue!r} of type {type(queue).__name__}."
         raise TypeError(message)
-    is_well_formed = queue == queue.strip() and "\0" not in queue and "," not in queue
+    is_well_formed = queue == queue.strip() and queue.isprintable() and "," not in queue
     if not 0 < len(queue) <= QUEUE_LENGTH_MAX or not is_well_formed or queue == "*":
         message = (
-            f"queue must have 1 to {QUEUE_LENGTH_MAX} characters, no comma, no NUL and no outer "
-            f"spaces, and not be '*', got {queue!r}."
+            f"queue must have 1 to {QUEUE_LENGTH_MAX} characters, no comma, no control "
+            f"characters and no outer spaces, and not be '*', got {queue!r}."
         )
         raise ValueError(message)
 
@@ -191,6 +195,13 @@ def check_eta(eta: Any) -> None:
             f"eta must be timezone-aware, got the naive datetime {eta!r}. "
             f"Use django.utils.timezone.now() or make_aware()."
         )
+        raise ValueError(message)
+    try:
+        is_storable = ETA_MIN <= eta.astimezone(UTC) <= ETA_MAX
+    except OverflowError:
+        is_storable = False
+    if not is_storable:
+        message = f"eta must lie between {ETA_MIN} and {ETA_MAX}, got {eta!r}."
         raise ValueError(message)
 
 

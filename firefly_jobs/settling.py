@@ -8,6 +8,7 @@ and is written on a fresh connection; what happened to it meanwhile, the fence t
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from .conf import get_settings
 from .databases import Completion
 from .exceptions import LeaseLost
 from .reporting import log_completed, log_lease_lost, log_settled
+
+logger = logging.getLogger("firefly_jobs")
 
 FLUSH_SECONDS = 0.05
 BATCH_SIZE = 500
@@ -95,8 +98,8 @@ class Settler:
         ]
         try:
             missed = lifecycle.complete_many(completions, using=self._using)
-        except Error as error:
-            if self._database.is_lost(error):
+        except Exception as error:
+            if isinstance(error, Error) and self._database.is_lost(error):
                 raise
             # One of them cannot be stored; find out which, and let it fail alone.
             for outcome in outcomes:
@@ -112,21 +115,26 @@ class Settler:
                 self._on_settled(outcome.claim, None)
 
     def _settle(self, outcome: Outcome, consumer: int) -> None:
+        claim = outcome.claim
         settlement = decide(outcome, max_rescues=get_settings().MAX_RESCUES)
         try:
             lifecycle.settle(settlement, using=self._using, consumer=consumer)
         except LeaseLost as event:
             self._lost(outcome.claim, event)
             return
-        except Error as error:
-            if self._database.is_lost(error):
+        except Exception as error:
+            if isinstance(error, Error) and self._database.is_lost(error):
                 raise
+            # What cannot be stored must not keep everything behind it from being settled.
+            logger.exception("Settling task %s failed; storing the kind of error only", claim.id)
             settlement = decide(replace(outcome, error=error), max_rescues=0)
-            lifecycle.settle(
-                replace(settlement, traceback=""),
-                using=self._using,
-                consumer=consumer,
-            )
+            text = f"{type(error).__name__} while its outcome was stored"
+            settlement = replace(settlement, error=text, traceback="")
+            try:
+                lifecycle.settle(settlement, using=self._using, consumer=consumer)
+            except LeaseLost as event:
+                self._lost(claim, event)
+                return
         self._done(outcome.claim, settlement)
 
     def _lost(self, claim: Claim, event: LeaseLost) -> None:

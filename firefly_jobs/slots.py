@@ -119,22 +119,27 @@ class Slots:
     def interrupt(self) -> None:
         """Interrupt every running call, as far as that is possible."""
         self._lane.interrupt()
-        if self._loop is not None:
+        if self._loop is not None and self._loop.is_alive():
             self._loop.interrupt()
 
     def break_off(self) -> None:
         """Free what calls that could not be interrupted hold; the process is about to end."""
         self._lane.break_off()
-        if self._loop is not None:
+        if self._loop is not None and self._loop.is_alive():
             self._loop.break_off()
 
     def stop(self, *, timeout_seconds: float) -> None:
         """End the threads; what cannot be ended is left behind."""
         self._holdings.close()
-        if self._loop is not None:
+        if self._loop is not None and self._loop.is_alive():
             self._loop.stop()
             self._loop.join(timeout=timeout_seconds)
         self._lane.join(timeout=timeout_seconds)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether every thread that was started still runs."""
+        return self._lane.is_alive() and (self._loop is None or self._loop.is_alive())
 
     @property
     def has_stuck_calls(self) -> bool:
@@ -146,4 +151,8 @@ class Slots:
             self._loop = CoroutineLoop(self._work, using=self._using)
             self._loop.start()
         self._holdings.hold_started(claim)
-        self._loop.start_call(claim)
+        try:
+            self._loop.start_call(claim)
+        except BaseException:
+            self._holdings.done(claim)
+            raise

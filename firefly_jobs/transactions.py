@@ -16,9 +16,12 @@ no wrapper).  Touched calls are settled in their own transaction; see ``lifecycl
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from django.core.exceptions import ImproperlyConfigured
 from django.db import Error, connections, transaction
 
 from . import databases
@@ -26,6 +29,11 @@ from .checkpoints import reach
 from .exceptions import CommitUncertain, StopRequested, TransactionDoomedError
 
 logger = logging.getLogger("firefly_jobs")
+
+# A call that ends its transaction by a statement, where the driver would not notice.
+_ENDS = re.compile(
+    r"\s*(?:COMMIT|END|ABORT|ROLLBACK(?!\s+(?:WORK\s+|TRANSACTION\s+)?TO\b))\b", re.IGNORECASE
+)
 
 
 class CallTransaction:
@@ -50,10 +58,13 @@ class CallTransaction:
         self._is_call = False
         self._seen = False
         self._seen_elsewhere = False
+        self._is_ready = self._has_ended = False
         self._use_connection()
         for alias in connections:
             if alias != using:
-                connections[alias].execute_wrappers.append(self._observe_elsewhere)
+                # An alias that cannot be used at all cannot be touched either.
+                with suppress(ImproperlyConfigured):
+                    connections[alias].execute_wrappers.append(self._observe_elsewhere)
 
     def _use_connection(self) -> None:
         self._connection = connections[self.using]
@@ -71,6 +82,10 @@ class CallTransaction:
         if self._connection.savepoint_ids or len(self._connection.atomic_blocks) > 1:
             # The last call entered a block that it never left.
             self.abandon()
+        self._abandon_what_was_left_open()
+        for connection in connections.all(initialized_only=True):
+            if connection is not self._connection and connection.errors_occurred:
+                connection.close_if_unusable_or_obsolete()
         if not atomic:
             self.leave()
         elif self._block is None:
@@ -79,7 +94,7 @@ class CallTransaction:
         self._connection.needs_rollback = False
         if atomic:
             self._session.begin()
-        self._seen = self._seen_elsewhere = False
+        self._seen = self._seen_elsewhere = self._is_ready = self._has_ended = False
         self._is_call = atomic
 
     @property
@@ -130,7 +145,8 @@ class CallTransaction:
                 "atomic(). Catch database errors around 'with transaction.atomic():'."
             )
             raise TransactionDoomedError(message)
-        if (self._seen or self._session.is_touched()) and self._session.is_gone():
+        is_gone = (self._seen or self._session.is_touched()) and self._session.is_gone()
+        if is_gone or self._has_ended:
             message = (
                 "The task returned, but the database had already rolled back its transaction, or "
                 "the task had ended it, so its effects are gone. A deadlock does that, even if "
@@ -142,6 +158,7 @@ class CallTransaction:
         """Undo what the call did; return whether the connection is still usable."""
         was_call, self._is_call = self._is_call, False
         if not was_call:
+            self._abandon_what_was_left_open()
             if self._connection.errors_occurred and not self.database.is_usable(self._connection):
                 self.abandon()
                 return False
@@ -180,6 +197,7 @@ class CallTransaction:
     def leave(self) -> None:
         """End an untouched transaction, so that the connection is in autocommit mode."""
         self._is_call = False
+        self._session.end()
         if self._block is None:
             return
         block, self._block = self._block, None
@@ -188,6 +206,13 @@ class CallTransaction:
         try:
             block.__exit__(None, None, None)
         except Error:
+            self.abandon()
+
+    def _abandon_what_was_left_open(self) -> None:
+        """Drop a transaction that is not ours: a call without one had begun its own."""
+        connection = self._connection
+        is_ours = self._block is not None or connection.connection is None
+        if not is_ours and (connection.in_atomic_block or not connection.autocommit):
             self.abandon()
 
     def abandon(self) -> None:
@@ -219,16 +244,18 @@ class CallTransaction:
     # --- watching
 
     def _observe(
-        self, execute: Callable[..., Any], sql: str, params: Any, many: bool, context: Any
+        self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any
     ) -> Any:
-        if not self._seen:
-            self._seen = True
-            if self._is_call:
-                self._session.before_statement()
+        self._seen = True
+        if isinstance(sql, str) and _ENDS.match(sql):
+            self._has_ended = True
+        if self._is_call and not self._is_ready:
+            self._session.before_statement()
+            self._is_ready = True
         return execute(sql, params, many, context)
 
     def _observe_elsewhere(
-        self, execute: Callable[..., Any], sql: str, params: Any, many: bool, context: Any
+        self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any
     ) -> Any:
         self._seen_elsewhere = True
         return execute(sql, params, many, context)

@@ -12,11 +12,11 @@ To add a database: subclass both, name them in ``databases/__init__.py``, and ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
-from django.db import DatabaseError, Error, InterfaceError, transaction
+from django.db import Error, InterfaceError, transaction
 
 from firefly_jobs.attempts import Claim
 
@@ -51,6 +51,10 @@ class Session:
     block; ``before_statement`` at the call's first statement.
     """
 
+    _is_call = False
+    _ended = False
+    _watched: Any = None
+
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
@@ -60,6 +64,25 @@ class Session:
 
     def begin(self) -> None:
         """Prepare for a call; sends nothing that holds a lock or a snapshot."""
+        driver = self.connection.connection
+        if driver is not self._watched:
+            self.watch(driver)
+            self._watched = driver
+        self._ended = False
+        self._is_call = True
+
+    def watch(self, driver: Any) -> None:
+        """Notice when a call ends the transaction itself, on the driver's connection."""
+        driver.commit = self._ending(driver.commit)
+        driver.rollback = self._ending(driver.rollback)
+
+    def _ending(self, end: Callable[[], None]) -> Callable[[], None]:
+        def watched() -> None:
+            if self._is_call:
+                self._ended = True
+            end()
+
+        return watched
 
     def before_statement(self) -> None:
         """Prepare for the first statement of a call."""
@@ -74,16 +97,22 @@ class Session:
 
     def commit(self) -> None:
         """Commit what the call did; the ``atomic`` block stays entered for the next call."""
+        self._is_call = False
         with self.connection.wrap_database_errors:
             self.connection.connection.commit()
 
     def rollback(self) -> None:
         """Undo what the call did; the ``atomic`` block stays entered for the next call."""
+        self._is_call = False
         with self.connection.wrap_database_errors:
             self.connection.connection.rollback()
 
     def interrupt(self) -> None:
         """End a running statement, from another thread, where the driver can."""
+
+    def end(self) -> None:
+        """Forget the call: what follows on the connection is not its doing."""
+        self._is_call = False
 
     def break_off(self) -> None:
         """Free what the transaction of a call that cannot be interrupted holds here.
@@ -197,26 +226,29 @@ class Database:
 
     # --- errors
 
-    lost_codes: ClassVar[frozenset[Any]] = frozenset()
+    conflict_codes: ClassVar[frozenset[Any]] = frozenset()
+    connection_codes: ClassVar[frozenset[Any]] = frozenset()
 
     def error_code(self, error: BaseException) -> Any:
         """Return the vendor's code of a driver error, or ``None``."""
         raise NotImplementedError
 
-    def is_lost(self, error: BaseException) -> bool:
-        """Whether ``error`` says nothing about the task: a deadlock, a broken connection.
+    def is_conflict(self, error: BaseException) -> bool:
+        """Whether ``error`` is about others: a deadlock, a serialization failure, a lock.
 
-        What counts is the first database error on the chain of explicit causes.
+        What counts is the first driver error on the chain of explicit causes.
         """
-        for cause in causes(error):
-            if isinstance(cause, InterfaceError):
-                return True
-            if isinstance(cause, DatabaseError):
-                continue
-            code = self.error_code(cause)
-            if code is not None:
-                return code in self.lost_codes
-        return False
+        return self._first_code(error) in self.conflict_codes
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether one of our own statements failed in a conflict, or with its connection."""
+        if any(isinstance(cause, InterfaceError) for cause in causes(error)):
+            return True
+        return self._first_code(error) in self.conflict_codes | self.connection_codes
+
+    def _first_code(self, error: BaseException) -> Any:
+        codes = (self.error_code(cause) for cause in causes(error))
+        return next((code for code in codes if code is not None), None)
 
     def is_usable(self, connection: Any) -> bool:
         """Whether the server still answers on ``connection``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from firefly_jobs.attempts import Claim
@@ -13,7 +13,7 @@ from firefly_jobs.exceptions import ImplicitCommitError
 from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Session
 
 _CANDIDATES_PER_CLAIM = 3
-_DEADLOCK, _LOCK_TIMEOUT = 1213, 1205
+_DEADLOCK, _LOCK_TIMEOUT, _SNAPSHOT_CONFLICT = 1213, 1205, 1020
 
 # Statements that commit the open transaction by themselves:
 # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
@@ -38,20 +38,16 @@ class MySQLSession(Session):
     the lane's own connection.
     """
 
-    _watched: Any = None
     _touched = False
-    _gone = False
-    _is_call = False
 
     def begin(self) -> None:
-        """Forget the former call; watch the driver's connection if it is a new one."""
-        driver = self.connection.connection
-        if driver is not self._watched:
-            self._watch(driver)
-        self._touched = self._gone = False
-        self._is_call = True
+        """Forget the former call."""
+        super().begin()
+        self._touched = False
 
-    def _watch(self, driver: Any) -> None:
+    def watch(self, driver: Any) -> None:
+        """Notice every statement, and when one of them ends the transaction."""
+        super().watch(driver)
         send = driver.query
 
         def query(statement: Any, *args: Any) -> Any:
@@ -70,46 +66,25 @@ class MySQLSession(Session):
                 )
                 raise ImplicitCommitError(message)
             if _ROLLS_BACK.match(text):
-                self._gone = True
+                self._ended = True
             try:
                 return send(statement, *args)
             except Exception as error:
-                # A deadlock has rolled back the whole transaction on the server; the
-                # call may swallow the error, and its effects would be gone.
-                if error.args and error.args[0] == _DEADLOCK:
-                    self._gone = True
+                # These have rolled back the whole transaction on the server; the call may
+                # swallow the error, and its effects would be gone.
+                if error.args and error.args[0] in {_DEADLOCK, _SNAPSHOT_CONFLICT}:
+                    self._ended = True
                 raise
 
         driver.query = query
-        driver.commit = self._ending(driver.commit)
-        driver.rollback = self._ending(driver.rollback)
-        self._watched = driver
-
-    def _ending(self, end: Callable[[], None]) -> Callable[[], None]:
-        def watched() -> None:
-            if self._is_call:
-                self._gone = self._touched = True
-            end()
-
-        return watched
 
     def is_touched(self) -> bool:
         """Whether a statement was sent."""
-        return self._touched
+        return self._touched or self._ended
 
     def is_gone(self) -> bool:
         """Whether the server rolled back after a deadlock, or the call ended it itself."""
-        return self._gone
-
-    def commit(self) -> None:
-        """Commit; the next call's statements are its own."""
-        self._is_call = False
-        super().commit()
-
-    def rollback(self) -> None:
-        """Roll back; the next call's statements are its own."""
-        self._is_call = False
-        super().rollback()
+        return self._ended
 
 
 class MySQL(Database):
@@ -118,10 +93,14 @@ class MySQL(Database):
     session_class = MySQLSession
     now = "UTC_TIMESTAMP(6)"
 
-    # deadlock, lock time-out; then killed, shut down, gone away, refused.
-    lost_codes: ClassVar[frozenset[Any]] = frozenset(
-        {_DEADLOCK, _LOCK_TIMEOUT, 1020, 1053, 1079, 1152, 1158, 1159, 1160, 1161}
-        | {1317, 1927, 2002, 2003, 2006, 2013, 2055, 4031, 0}
+    # deadlock, lock time-out, record changed since last read
+    conflict_codes: ClassVar[frozenset[Any]] = frozenset(
+        {_DEADLOCK, _LOCK_TIMEOUT, _SNAPSHOT_CONFLICT}
+    )
+    # killed, shut down, gone away, refused
+    connection_codes: ClassVar[frozenset[Any]] = frozenset(
+        {1053, 1079, 1152, 1158, 1159, 1160, 1161, 1317, 1927}
+        | {2002, 2003, 2006, 2013, 2055, 4031, 0}
     )
 
     def claim(

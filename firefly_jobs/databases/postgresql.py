@@ -26,12 +26,12 @@ class PostgreSQLSession(Session):
         return int(driver.get_transaction_status())
 
     def is_touched(self) -> bool:
-        """Whether the driver has left the idle state."""
-        return self._status() != _IDLE
+        """Whether the driver has left the idle state, or did so before the call ended it."""
+        return self._ended or self._status() != _IDLE
 
     def is_gone(self) -> bool:
-        """Whether it is idle again, or a swallowed error has doomed the transaction."""
-        return self._status() in {_IDLE, _IN_ERROR}
+        """Whether the call ended it, it is idle again, or a swallowed error has doomed it."""
+        return self._ended or self._status() in {_IDLE, _IN_ERROR}
 
 
 class PostgreSQL(Database):
@@ -41,11 +41,12 @@ class PostgreSQL(Database):
     needs_low_water_mark = True
     now = "STATEMENT_TIMESTAMP()"
 
-    # serialization failure, deadlock, lock not available; then what a restart or a
-    # broken connection looks like: class 08, 57P0x, and no code at all.
-    lost_codes: ClassVar[frozenset[Any]] = frozenset(
-        {"40001", "40P01", "55P03", "57P01", "57P02", "57P03", "57P05", "25P03"}
-        | {"08000", "08001", "08003", "08004", "08006", "08007", "no connection"}
+    # serialization failure, deadlock, lock not available
+    conflict_codes: ClassVar[frozenset[Any]] = frozenset({"40001", "40P01", "55P03"})
+    # what a restart or a broken connection looks like: class 08, 57P0x, and no code at all
+    connection_codes: ClassVar[frozenset[Any]] = frozenset(
+        {"57P01", "57P02", "57P03", "57P05", "25P03", "no connection"}
+        | {"08000", "08001", "08003", "08004", "08006", "08007"}
     )
 
     def claim(

@@ -54,7 +54,6 @@ class _Immediate:
 class SQLiteSession(Session):
     """A deferred transaction holds nothing until its first statement takes the write lock."""
 
-    _traced: Any = None
     _touched = False
 
     def opening(self) -> AbstractContextManager[Any]:
@@ -63,13 +62,15 @@ class SQLiteSession(Session):
 
     def begin(self) -> None:
         """Open a deferred transaction unless an untouched one is still open."""
+        super().begin()
         driver = self.connection.connection
-        if driver is not self._traced:
-            driver.set_trace_callback(self._saw)
-            self._traced = driver
         if not driver.in_transaction:
             driver.execute("BEGIN DEFERRED")
         self._touched = False
+
+    def watch(self, driver: Any) -> None:
+        """Let the driver tell of every statement; its methods cannot be replaced."""
+        driver.set_trace_callback(self._saw)
 
     def _saw(self, _: str) -> None:
         self._touched = True
@@ -103,7 +104,9 @@ class SQLite(Database):
     can_skip_locked = False
     now = "STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f', 'now')"
 
-    lost_codes: ClassVar[frozenset[Any]] = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+    conflict_codes: ClassVar[frozenset[Any]] = frozenset(
+        {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+    )
 
     def claim(
         self,

@@ -66,11 +66,11 @@ def failed_outcome(
         error=error,
         is_lost=not is_usable
         or isinstance(error, CommitUncertain | LaneTimeoutError)
-        or database.is_lost(error),
+        or database.is_conflict(error),
         is_interrupted=isinstance(error, StopRequested),
     )
 
 
 def was_committed(claim: Claim, *, using: str) -> bool:
     """After :class:`CommitUncertain`: ask the row, on a fresh connection, what happened."""
-    return lifecycle.was_settled(claim, using=using)
+    return lifecycle.was_completed(claim, using=using)

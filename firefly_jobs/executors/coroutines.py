@@ -50,7 +50,22 @@ class CoroutineLoop(threading.Thread):
 
     def run(self) -> None:
         """Run the event loop until :meth:`stop`."""
-        asyncio.run(self._main())
+        try:
+            with asyncio.Runner() as runner:
+                loop = runner.get_loop()
+                main = loop.create_task(self._main())
+                while not main.done():
+                    try:
+                        loop.run_until_complete(main)
+                    except (SystemExit, KeyboardInterrupt):
+                        # asyncio lets these out of the loop when a child task raises them;
+                        # whoever awaits the child gets them as well.
+                        logger.debug("A child task raised SystemExit or KeyboardInterrupt")
+        except BaseException as error:
+            logger.exception("The event loop ended unexpectedly; the consumer stops")
+            if not self._ready.done():
+                self._ready.set_exception(error)
+            self._work.crashed()
         self._pool.close()
 
     async def _main(self) -> None:

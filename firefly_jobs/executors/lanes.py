@@ -153,6 +153,8 @@ class LaneBinding(Executor):
         self._lock = threading.Lock()
         self._lane: Lane | None = None
         self._has_asked = False
+        self._is_closed = False
+        self._begin: Future[None] = Future()
         self._backlog: deque[_Work] = deque()
         self._loop: asyncio.AbstractEventLoop
         self._timer: asyncio.TimerHandle | None = None
@@ -169,8 +171,13 @@ class LaneBinding(Executor):
         future: Future[Any] = Future()
         work = (future, lambda: fn(*args, **kwargs))
         with self._lock:
+            if self.timed_out:
+                message = f"{self.holder} got no database connection for an earlier query."
+                future.set_exception(LaneTimeoutError(message))
+                return future
             if self._lane is not None:
-                self._lane.put(*work)
+                # Guarded as the first ones: after a failed begin there is no transaction.
+                self._lane.put(future, _unless_failed(self._begin, work[1]))
                 return future
             self._backlog.append(work)
             if self._has_asked:
@@ -188,17 +195,22 @@ class LaneBinding(Executor):
                 self._lane = lane
             backlog, self._backlog = self._backlog, deque()
             self._has_asked = self._atomic
-            begin = Future[None]()
+            if self._is_closed:
+                backlog.clear()
+            begin = self._begin = Future()
             lane.put(begin, lambda: lane.transaction.begin(atomic=self._atomic))
-            last = begin
             for future, work in backlog:
                 lane.put(future, _unless_failed(begin, work))
-                last = future
+            if self._is_closed:
+                self._lane = None
         if self._timer is not None:
             # Lanes are granted from whichever thread gave one back.
             self._loop.call_soon_threadsafe(self._timer.cancel)
-        if not self._atomic:
-            last.add_done_callback(lambda _: self._pool.give_back(lane))
+        if not self._atomic or self._is_closed:
+            # A borrowed lane goes back clean, whatever the call left open on it.
+            clean: Future[Any] = Future()
+            lane.put(clean, lane.transaction.rollback)
+            clean.add_done_callback(lambda _: self._pool.give_back(lane))
 
     def _give_up(self) -> None:
         if not self._pool.withdraw(self):
@@ -239,6 +251,7 @@ class LaneBinding(Executor):
             self._timer.cancel()
         self._pool.withdraw(self)
         with self._lock:
+            self._is_closed = True
             lane, self._lane = self._lane, None
         if lane is not None:
             self._pool.give_back(lane)

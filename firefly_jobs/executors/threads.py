@@ -67,8 +67,8 @@ class SyncLane(threading.Thread):
 
     def run(self) -> None:
         """Take claims until there are no more."""
-        transaction = self._transaction = CallTransaction(self._using, owner=self._work.owner)
         try:
+            transaction = self._transaction = CallTransaction(self._using, owner=self._work.owner)
             while (claim := self._work.next_sync()) is not None:
                 with self._guard:
                     self._current = claim
@@ -84,7 +84,8 @@ class SyncLane(threading.Thread):
             logger.exception("A lane ended unexpectedly; the consumer stops")
             self._work.crashed()
         finally:
-            transaction.close()
+            if self._transaction is not None:
+                self._transaction.close()
 
     def interrupt(self) -> bool:
         """Raise :class:`StopRequested` inside the running call; return whether one runs.
@@ -129,6 +130,8 @@ class SyncLane(threading.Thread):
                 leave_context(token)
             reach("called")
             if not task.options.atomic or not transaction.is_touched:
+                if not task.options.atomic:
+                    transaction.rollback()  # whatever the call itself left open
                 duration = perf_counter() - started
                 self._work.ended(
                     Outcome(claim=claim, duration=duration, returned=returned),

@@ -1,6 +1,7 @@
 """Coroutine tasks: thousands wait in one process, each with its transaction once it queries."""
 
 import asyncio
+import sys
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
@@ -557,3 +558,55 @@ def test_what_a_task_schedules_is_not_visible_before_the_task_has_completed(way)
 
     assert run_one(followed_by(way, count)).status == "completed"
     assert counts == [1]
+
+
+def test_a_child_task_that_exits_fails_its_task_and_leaves_the_others_alone():
+    started, may_end = Gate(), Gate()
+
+    async def neighbour():
+        started.open()
+        await may_end.wait()
+        await acreate(7)
+
+    async def exits():
+        await started.wait()
+
+        async def child():
+            sys.exit(4)
+
+        try:
+            await asyncio.gather(child())
+        finally:
+            may_end.open()
+
+    beside, culprit = schedule(neighbour), schedule(exits)
+    run_until_ended(beside, culprit)
+
+    assert (culprit.status, culprit.error) == ("failed", "SystemExit: 4")
+    assert (beside.status, outcomes(beside)) == ("completed", [])
+    assert effects() == [7]
+
+
+def test_a_query_after_a_swallowed_lane_timeout_fails_instead_of_waiting_for_ever(jobs):
+    jobs(ASYNC_CONNECTIONS=1, LANE_TIMEOUT=0.3)
+    held, timed_out = Gate(), Gate()
+
+    async def hold():
+        await Effect.objects.acount()
+        held.open()
+        await timed_out.wait()
+
+    async def insist():
+        await held.wait()
+        for _ in range(2):
+            try:
+                await acreate()
+            except LaneTimeoutError:
+                continue
+        timed_out.open()
+
+    holder, waiter = schedule(hold), schedule(insist)
+    run_until_ended(holder, waiter)
+
+    assert outcomes(waiter) == ["lost"]
+    assert effects() == [1, 1]

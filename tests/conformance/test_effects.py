@@ -224,7 +224,11 @@ def test_a_raw_read_leaves_no_snapshot_to_the_next_call():
     run_until_ended(*rows)
 
     assert [row.status for row in rows] == ["completed"] * 10
-    assert [outcomes(row) for row in rows] == [[]] * 10
+    # SQLite: if another connection commits between the raw read and the outcome, the read
+    # has to be repeated; what writes afterwards never does.
+    reads, writes = rows[::2], rows[1::2]
+    assert {ended for row in reads for ended in outcomes(row)} <= {"lost"}
+    assert [outcomes(row) for row in writes] == [[]] * 5
     assert counts == [1, 3, 5, 7, 9]
 
 

@@ -713,3 +713,33 @@ def test_without_atomic_a_closed_connection_is_no_failure():
 def connection_close():
     create()
     connection.close()
+
+
+def test_a_task_that_rolls_back_and_queries_again_fails():
+    def body():
+        create()
+        with connection.cursor() as cursor:
+            cursor.execute("ROLLBACK")
+        Effect.objects.count()
+
+    assert run_one(body).status == "failed"
+    assert effects() == []
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_transaction_that_a_task_without_one_left_open_is_dropped():
+    def leaves_open():
+        transaction.set_autocommit(False)
+        create(1)
+        raise ValueError("left open")
+
+    def follows():
+        create(2)
+
+    first, second = schedule(leaves_open, atomic=False), schedule(follows)
+    run_burst()
+
+    first.refresh_from_db()
+    second.refresh_from_db()
+    assert (first.status, second.status) == ("failed", "completed")
+    assert effects() == [2]

@@ -526,3 +526,19 @@ def test_a_row_brought_back_by_a_person_has_all_its_retries_again():
     assert row.status == "failed"
     assert abs(row.not_before - timezone.now()) < timedelta(minutes=1)
     assert connections["default"].in_atomic_block is False
+
+
+def test_a_reason_that_no_database_can_store_holds_nothing_up():
+    def cancels():
+        raise Cancel("cannot read \udcff.txt")
+
+    def follows():
+        return 1
+
+    first, second = schedule(cancels), schedule(follows)
+    run_burst()
+
+    first.refresh_from_db()
+    second.refresh_from_db()
+    assert (first.status, first.error) == ("cancelled", "cannot read \\udcff.txt")
+    assert second.status == "completed"

@@ -293,8 +293,11 @@ def test_check_creates_no_sqlite_file(run_manage, tmp_path):
 
 @pytest.mark.sqlite
 def test_check_survives_a_server_that_is_not_there(run_manage):
+    # Only the checks of databases: Django 6.1's own check of generated columns connects too,
+    # and lets the error pass.
     checked = run_manage(
-        "check", "--database", "default", url="postgresql://nobody@127.0.0.1:1/nothing"
+        *("check", "--database", "default", "--tag", "database"),
+        url="postgresql://nobody@127.0.0.1:1/nothing",
     )
 
     assert "(firefly_jobs.W005) Database 'default' could not be checked:" in checked.stderr

@@ -556,3 +556,11 @@ def test_the_database_fills_in_created_for_a_row_that_another_program_inserts():
     assert row.run_at == row.created
     assert abs(row.created - timezone.now()) < timedelta(minutes=1)
     assert list(TaskModel.objects.due()) == [row]
+
+
+@pytest.mark.django_db
+def test_the_context_cannot_be_passed_by_name():
+    with pytest.raises(TypeError, match="the consumer passes"):
+        with_context.schedule(1, context=5)  # type: ignore[call-overload]
+
+    assert not TaskModel.objects.exists()

@@ -1,6 +1,7 @@
 import math
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from django.test import override_settings
@@ -257,3 +258,16 @@ def test_retry_on_of_the_task_narrows_its_strategy():
 def test_options_cannot_be_changed():
     with pytest.raises(AttributeError):
         TaskOptions().queue = "mail"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "eta",
+    [
+        datetime.min.replace(tzinfo=ZoneInfo("Europe/Oslo")),
+        datetime.max.replace(tzinfo=ZoneInfo("America/New_York")),
+        datetime(9999, 12, 31, 23, tzinfo=UTC),
+    ],
+)
+def test_an_eta_that_not_every_database_can_store_is_refused(eta):
+    with pytest.raises(ValueError, match="eta must lie between"):
+        TaskOptions(eta=eta)
