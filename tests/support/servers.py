@@ -126,6 +126,8 @@ class PrivateServer(ABC):
         self._database_count += 1
         name = f"firefly_{self._database_count}"
         self._execute(f"CREATE DATABASE {name}")
+        # The alias "other" of the processes: since 6.1 Django's own checks connect to it.
+        self._execute(f"CREATE DATABASE {name}_other")
         url = self._url(name, port=port or self.port)
         if is_migrated:
             arguments = ("migrate", "--no-input", "--verbosity=0")
