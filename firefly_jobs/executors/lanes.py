@@ -201,12 +201,14 @@ class LaneBinding(Executor):
             lane.put(begin, lambda: lane.transaction.begin(atomic=self._atomic))
             for future, work in backlog:
                 lane.put(future, _unless_failed(begin, work))
-            if self._is_closed:
+            # Decided under the lock: close() may come next, and gives back what it finds.
+            goes_back = not self._atomic or self._is_closed
+            if goes_back:
                 self._lane = None
         if self._timer is not None:
             # Lanes are granted from whichever thread gave one back.
             self._loop.call_soon_threadsafe(self._timer.cancel)
-        if not self._atomic or self._is_closed:
+        if goes_back:
             # A borrowed lane goes back clean, whatever the call left open on it.
             clean: Future[Any] = Future()
             lane.put(clean, lane.transaction.rollback)
