@@ -54,8 +54,8 @@ format: $(STAMP) ## Format the code and fix what can be fixed by itself
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(STAMP) ## Run the benchmarks
-	@$(PY) -m benchmarks $(ARGS)
+bench: $(STAMP) ## Run the benchmarks (ARGS='drain --database sqlite')
+	@$(PY) -m benchmarks $(or $(ARGS),all --without chaos)
 
 docs: $(STAMP) ## Test the documentation: snippets, names, links
 	@$(PY) -m pytest tests/docs $(ARGS)

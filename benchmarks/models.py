@@ -32,3 +32,14 @@ class LoopJob(models.Model):
 
     def __str__(self) -> str:
         return f"job {self.pk}"
+
+
+class ChaosEffect(models.Model):
+    """One committed execution under chaos.  Nothing is unique, so that a double is visible."""
+
+    task = models.BigIntegerField()
+
+    objects: models.Manager[ChaosEffect] = models.Manager()
+
+    def __str__(self) -> str:
+        return f"effect of task {self.task}"

@@ -7,82 +7,106 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from tests.support.servers import SERVERS, PrivateServer, ServerMissingError
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "firefly_benchmark"
-KINDS = ("postgresql", "mariadb", "sqlite")
+# Two runs at the same time do not meet.
+NAME = f"firefly_benchmark_{os.getpid()}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """An empty, migrated database; ``server`` if this run started it and may restart it."""
+
+    kind: str
+    url: str
+    server: PrivateServer | None = None
 
 
 def environment(url: str) -> dict[str, str]:
-    """Return the environment of a process that works on ``url``."""
-    return {**os.environ, "FIREFLY_DATABASE": url, "DJANGO_SETTINGS_MODULE": "benchmarks.settings"}
-
-
-def django(url: str, *arguments: str) -> None:
-    """Run a management command on ``url``."""
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "django", *arguments],
-        env=environment(url),
-        cwd=ROOT,
-        check=True,
-    )
+    """Return what a process that works on ``url`` needs in its environment."""
+    return {
+        "FIREFLY_DATABASE": url,
+        "DJANGO_SETTINGS_MODULE": "benchmarks.settings",
+        # The benchmarks' settings, not those that tests have.
+        "FIREFLY_TESTING": "0",
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 @contextmanager
-def database(kind: str) -> Iterator[str]:
-    """Make an empty, migrated database of ``kind``; yield its URL; drop it."""
+def database(kind: str) -> Iterator[Place]:
+    """Make a database of ``kind`` on the server of this machine; drop it afterwards."""
     if kind == "sqlite":
-        with tempfile.TemporaryDirectory() as folder:
-            url = f"sqlite:///{folder}/benchmark.sqlite3"
-            django(url, "migrate", "--run-syncdb", "-v0", "--skip-checks")
-            yield url
+        with tempfile.TemporaryDirectory(prefix="firefly-benchmark-") as folder:
+            yield _migrated(Place(kind=kind, url=f"sqlite:///{folder}/benchmark.sqlite3"))
         return
-    url, drop, create = _server(kind)
+    drop = f"DROP DATABASE IF EXISTS {NAME}"
+    if kind == "postgresql":
+        drop += " WITH (FORCE)"
     _execute(kind, drop)
-    _execute(kind, create)
+    _execute(kind, f"CREATE DATABASE {NAME}{' CHARACTER SET utf8mb4' * (kind == 'mariadb')}")
     try:
-        django(url, "migrate", "--run-syncdb", "-v0", "--skip-checks")
-        yield url
+        yield _migrated(Place(kind=kind, url=f"{_server(kind)}/{NAME}"))
     finally:
         _execute(kind, drop)
 
 
-def _server(kind: str) -> tuple[str, str, str]:
-    drop = f"DROP DATABASE IF EXISTS {NAME}"
+@contextmanager
+def private_database(kind: str) -> Iterator[Place]:
+    """Make a database on a server that is started for it; on the usual one if that cannot be."""
+    with ExitStack() as stack:
+        if kind != "sqlite":
+            try:
+                server = stack.enter_context(SERVERS[_vendor(kind)]())
+            except ServerMissingError as error:
+                print(f"No server of our own, so no restarts: {error}", file=sys.stderr)
+            else:
+                url = server.create_database(is_migrated=False)
+                yield _migrated(Place(kind=kind, url=url, server=server))
+                return
+        yield stack.enter_context(database(kind))
+
+
+def _migrated(place: Place) -> Place:
+    # The benchmarks' own tables have no migrations.
+    command = [sys.executable, "-m", "django", "migrate", "--run-syncdb", "-v0", "--skip-checks"]
+    subprocess.run(command, env=os.environ | environment(place.url), cwd=ROOT, check=True)
+    return place
+
+
+def _vendor(kind: str) -> str:
+    return {"mariadb": "mysql"}.get(kind, kind)
+
+
+def _server(kind: str) -> str:
     if kind == "postgresql":
-        base = os.environ.get("FIREFLY_POSTGRESQL", "postgresql://postgres@127.0.0.1:5432")
-        return f"{base}/{NAME}", f"{drop} WITH (FORCE)", f"CREATE DATABASE {NAME}"
-    base = os.environ.get("FIREFLY_MARIADB", "mysql://root@127.0.0.1:3306")
-    return f"{base}/{NAME}", drop, f"CREATE DATABASE {NAME} CHARACTER SET utf8mb4"
+        return os.environ.get("FIREFLY_POSTGRESQL", "postgresql://postgres@127.0.0.1:5432")
+    return os.environ.get("FIREFLY_MARIADB", "mysql://root@127.0.0.1:3306")
 
 
 def _execute(kind: str, statement: str) -> None:
     if kind == "postgresql":
         import psycopg  # noqa: PLC0415 - only what is measured has to be installed
 
-        base = os.environ.get("FIREFLY_POSTGRESQL", "postgresql://postgres@127.0.0.1:5432")
-        with psycopg.connect(f"{base}/postgres", autocommit=True) as connection:
-            connection.execute(statement)
+        with psycopg.connect(f"{_server(kind)}/postgres", autocommit=True) as connection:
+            connection.execute(statement.encode())
         return
     import MySQLdb  # noqa: PLC0415 - only what is measured has to be installed
 
-    connection = MySQLdb.connect(**mariadb_arguments())
+    parts = urlsplit(_server(kind))
+    connection = MySQLdb.connect(
+        host=parts.hostname,
+        port=parts.port or 3306,
+        user=parts.username,
+        password=parts.password or "",
+    )
     try:
-        connection.cursor().execute(statement)
+        connection.query(statement)
     finally:
         connection.close()
-
-
-def mariadb_arguments() -> dict[str, object]:
-    """Return the driver's connection arguments for the MariaDB server."""
-    from urllib.parse import urlsplit  # noqa: PLC0415 - used here only
-
-    parts = urlsplit(os.environ.get("FIREFLY_MARIADB", "mysql://root@127.0.0.1:3306"))
-    return {
-        "host": parts.hostname,
-        "port": parts.port or 3306,
-        "user": parts.username,
-        "password": parts.password or "",
-    }

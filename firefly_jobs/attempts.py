@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import traceback as traceback_module
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
-from .exceptions import DELAY_SECONDS_MAX, Cancel, ConsumerLost, Retry, Snooze
+from .exceptions import DELAY_SECONDS_MAX, Cancel, ConsumerLost, Expired, Retry, Snooze
 from .retries import Fixed, RetryStrategy, fraction
 from .states import Status
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 ERROR_LENGTH_MAX = 2_000
 TRACEBACK_LENGTH_MAX = 50_000
+# The reason that a row gives.
+EXPIRED = "expired"
 LOST_DELAY_SECONDS = 0.2
+NOT_STARTED_DELAY_SECONDS = 2.0
 _LOST_GROWTHS_MAX = 6
 
 # From this many losses on a task runs alone, so that the next loss is its own.
@@ -53,6 +56,18 @@ class Claim(NamedTuple):
     retry: str | None
     rescues: int
     lost_alone: int
+    # What the call may take, in seconds and bytes; None: anything.
+    time_limit: float | None = None
+    memory_limit: int | None = None
+    # Whether it may start only once it is admitted, and frees a place when it ends.
+    is_limited: bool = False
+    # Seconds that are left to start it, as claimed; then a moment of monotonic().  None: for ever.
+    start_by: float | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells it from every other claim; a row that was lost and claimed again has two."""
+        return self.id, self.fence
 
     @property
     def attempt(self) -> int:
@@ -63,6 +78,11 @@ class Claim(NamedTuple):
     def runs_alone(self) -> bool:
         """Whether this task was lost so often that it must not share a process."""
         return self.rescues >= ALONE_AFTER_RESCUES
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the call may take only so much time, or memory."""
+        return self.time_limit is not None or self.memory_limit is not None
 
     def strategy(self) -> RetryStrategy:
         """Return the row's retry strategy; its two columns where it carries none.
@@ -100,6 +120,7 @@ class Outcome:
         is_lost: Whether ``error`` came from the database or the machine and says
             nothing about the task.
         is_interrupted: Whether our own shutdown ended it.
+        has_started: Whether the function was called at all.
         duration: Seconds from the start of the call to its end.
     """
 
@@ -109,6 +130,7 @@ class Outcome:
     error: BaseException | None = None
     is_lost: bool = False
     is_interrupted: bool = False
+    has_started: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +143,8 @@ class Settlement:
         retries / rescues / losses_alone: What the counters grow by.
         error: One line for the row; ``None`` leaves the former one.
         has_started: Whether the call had started; if not, this was no attempt.
+        is_notable: Whether it is worth keeping; a look at how far something is, is not.
+        is_history: Whether it is kept as history.
     """
 
     claim: Claim
@@ -135,6 +159,29 @@ class Settlement:
     error: str | None = None
     traceback: str = ""
     has_started: bool = True
+    is_notable: bool = True
+
+    @property
+    def is_history(self) -> bool:  # noqa: D102 - see above
+        if not self.has_started:
+            return self.ended is Ended.CANCELLED
+        return self.is_notable and self.ended is not Ended.COMPLETED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Why a supervisor ended a process: a call in it exceeded a limit.
+
+    Attributes:
+        task_id / fence: Which call.
+        error: What its attempt failed with.
+        duration: Seconds that the call had run for.
+    """
+
+    task_id: int
+    fence: int
+    error: Exception
+    duration: float
 
 
 def decide(outcome: Outcome, *, max_rescues: int) -> Settlement:
@@ -145,18 +192,20 @@ def decide(outcome: Outcome, *, max_rescues: int) -> Settlement:
         max_rescues: Losses while alone that a task survives
             (``FIREFLY_JOBS["MAX_RESCUES"]``).
     """
-    error = outcome.error
+    if isinstance(outcome.error, Expired):
+        return _settle(outcome, Ended.CANCELLED, Status.CANCELLED, error=EXPIRED, has_started=False)
+    if not outcome.has_started:
+        pause = NOT_STARTED_DELAY_SECONDS * (0.5 + fraction(outcome.claim.id, outcome.claim.fence))
+        return _settle(
+            outcome, Ended.RELEASED, Status.CREATED, delay_seconds=pause, has_started=False
+        )
     if outcome.is_interrupted:
         return _settle(outcome, Ended.RELEASED, Status.CREATED)
-    if error is None:
+    if outcome.error is None:
         return _settle(outcome, Ended.COMPLETED, Status.COMPLETED, returned=outcome.returned)
     if outcome.is_lost:
-        return _decide_lost(outcome, max_rescues)
-    if isinstance(error, Cancel):
-        return _settle(outcome, Ended.CANCELLED, Status.CANCELLED, error=_reason(error))
-    if isinstance(error, Snooze):
-        return _settle(outcome, Ended.SNOOZED, Status.CREATED, delay_seconds=error.delay_seconds)
-    return _decide_failed(outcome, error)
+        return _decide_lost(outcome, outcome.error, max_rescues)
+    return _decide_raised(outcome, outcome.error)
 
 
 def decide_rescued(claim: Claim, *, was_alone: bool, consumer: str, max_rescues: int) -> Settlement:
@@ -171,7 +220,7 @@ def decide_rescued(claim: Claim, *, was_alone: bool, consumer: str, max_rescues:
     # A deploy or a full machine takes innocent tasks with it.  Only a task that was
     # deliberately run alone, and took its process with it, is to blame.
     blamed = int(was_alone and claim.runs_alone)
-    event = ConsumerLost(f"Consumer {consumer} disappeared while it ran this task.")
+    event = ConsumerLost(f"Consumer {consumer} disappeared while it held this task.")
     if claim.lost_alone + blamed > max_rescues:
         event = ConsumerLost(
             f"Consumer {consumer} disappeared while it ran this task, and so did the consumers "
@@ -192,13 +241,40 @@ def decide_rescued(claim: Claim, *, was_alone: bool, consumer: str, max_rescues:
     )
 
 
-def _decide_lost(outcome: Outcome, max_rescues: int) -> Settlement:
+def decide_buried(claim: Claim, verdict: Verdict, *, consumer: str, max_rescues: int) -> Settlement:
+    """Return what the end of its process means for a row, if the supervisor ended it.
+
+    Args:
+        claim: The row as the consumer held it.
+        verdict: Whose fault it was.
+        consumer: Name of the consumer, for the message.
+        max_rescues: As for :func:`decide`.
+    """
+    if (claim.id, claim.fence) == (verdict.task_id, verdict.fence):
+        outcome = Outcome(claim=claim, duration=verdict.duration, error=verdict.error)
+        return decide(outcome, max_rescues=max_rescues)
+    # The culprit is known, so its neighbours are not even suspected.
+    event = ConsumerLost(
+        f"Consumer {consumer} was ended because of task {verdict.task_id}, which ran beside "
+        f"this one. That does not count."
+    )
+    return Settlement(
+        claim=claim,
+        ended=Ended.LOST,
+        status=Status.CREATED,
+        duration=0.0,
+        error=describe(event),
+    )
+
+
+def _decide_lost(outcome: Outcome, error: BaseException, max_rescues: int) -> Settlement:
     claim = outcome.claim
     # As with rescues: what was lost among others may have been the others' doing.
     blamed = int(claim.runs_alone)
     counts = {"rescues": 1, "losses_alone": blamed}
     if claim.lost_alone + blamed > max_rescues:
-        return _settle(outcome, Ended.FAILED, Status.FAILED, **counts, **_report(outcome))
+        # Unlike the death of a consumer this harms nobody else, so it may be retried.
+        return _decide_raised(outcome, error)
     # Short, growing, and different for every task: two that met in a deadlock should
     # not meet again.
     growth = 2 ** min(claim.rescues, _LOST_GROWTHS_MAX)
@@ -208,7 +284,18 @@ def _decide_lost(outcome: Outcome, max_rescues: int) -> Settlement:
     )
 
 
-def _decide_failed(outcome: Outcome, error: BaseException) -> Settlement:
+def _decide_raised(outcome: Outcome, error: BaseException) -> Settlement:
+    if isinstance(error, Cancel):
+        return _settle(outcome, Ended.CANCELLED, Status.CANCELLED, error=_reason(error))
+    if isinstance(error, Snooze):
+        return _settle(
+            outcome,
+            Ended.SNOOZED,
+            Status.CREATED,
+            delay_seconds=error.delay_seconds,
+            error=error.reason,
+            is_notable=error.is_notable,
+        )
     claim = outcome.claim
     if isinstance(error, Retry) and error.delay_seconds is not None:
         delay = error.delay_seconds if claim.attempt <= claim.max_retries else None
@@ -281,6 +368,7 @@ class TaskContext:
     """What a running call can ask about itself; see :func:`current_task`.
 
     Attributes:
+        database: Alias of the database that holds the row.
         cache: A dictionary for the length of this attempt.
     """
 
@@ -288,6 +376,7 @@ class TaskContext:
     _claim: Claim
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    database: str = "default"
     _cache: dict[Any, Any] | None = field(default=None, init=False)
 
     @property
@@ -358,11 +447,6 @@ def current_task(default: Any = _REQUIRED) -> Any:
         raise LookupError(message) from None
 
 
-def enter_context(context: TaskContext) -> Token[TaskContext]:
-    """Make ``context`` the current one; give the token to :func:`leave_context`."""
-    return _current.set(context)
-
-
-def leave_context(token: Token[TaskContext]) -> None:
-    """Undo :func:`enter_context`."""
-    _current.reset(token)
+def enter_context(context: TaskContext) -> None:
+    """Make ``context`` the current one, in the calling thread's or coroutine's own context."""
+    _current.set(context)

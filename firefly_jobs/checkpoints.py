@@ -2,7 +2,8 @@
 
 Crash tests are generated from :data:`CHECKPOINTS`: the consumer under test is started
 with ``FIREFLY_CHECKPOINT=settling:kill`` and sends itself that signal when it gets
-there.  Without the variable a checkpoint is one dictionary look-up.
+there; ``settling:kill:5`` waits for the fifth time.  Without the variable a checkpoint is
+one dictionary look-up.
 
 To add one: add its name here and call :func:`reach` at the place; the crash tests pick
 it up by themselves.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 CHECKPOINTS = (
     "claiming",  # before the claim is committed
@@ -26,15 +28,17 @@ CHECKPOINTS = (
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
-def _parse(text: str) -> dict[str, signal.Signals]:
-    """Read ``NAME:ACTION[,NAME:ACTION]``; unknown words are a mistake in the test."""
+def _parse(text: str) -> dict[str, tuple[signal.Signals, Iterator[int]]]:
+    """Read ``NAME:ACTION[:COUNT]``, several with commas; else it is a mistake in the test."""
     armed = {}
     for item in filter(None, text.split(",")):
-        name, _, action = item.partition(":")
-        if name not in CHECKPOINTS or action not in _SIGNALS:
-            message = f"FIREFLY_CHECKPOINT: {item!r} is not NAME:kill or NAME:stop"
+        name, _, rest = item.partition(":")
+        action, _, count = rest.partition(":")
+        if name not in CHECKPOINTS or action not in _SIGNALS or not (count or "1").isdigit():
+            message = f"FIREFLY_CHECKPOINT: {item!r} is not NAME:kill or NAME:stop, with :COUNT"
             raise ValueError(message)
-        armed[name] = _SIGNALS[action]
+        # Counting down by an iterator is atomic under threads.
+        armed[name] = _SIGNALS[action], iter(range(int(count or 1) - 1, -1, -1))
     return armed
 
 
@@ -42,8 +46,10 @@ _armed = _parse(os.environ.get("FIREFLY_CHECKPOINT", ""))
 
 
 def reach(name: str) -> None:
-    """Send this process the armed signal, the first time checkpoint ``name`` is reached."""
+    """Send this process the armed signal, once ``name`` was reached as often as was said."""
     if _armed and name in _armed:
-        # To this very thread: with kill() another one may take the signal first, and this
-        # one would run on.
-        signal.pthread_kill(threading.get_ident(), _armed.pop(name))
+        number, left = _armed[name]
+        if next(left, None) == 0:
+            # To this very thread: with kill() another one may take the signal first, and this
+            # one would run on.
+            signal.pthread_kill(threading.get_ident(), number)

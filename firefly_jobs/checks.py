@@ -168,8 +168,9 @@ def check_databases(databases: Sequence[str] | None = None, **_: Any) -> list[Ch
 def _ask(alias: str, users: Sequence[str]) -> list[CheckMessage]:
     if not databases.is_supported(alias):
         return []
-    database, connection = databases.of(alias), connections[alias]
+    connection = connections[alias]
     try:
+        database = databases.of(alias)
         if not database.is_present(connection):
             return []
         found = database.problems(connection)

@@ -35,7 +35,8 @@ class Settings:
     DEFAULT_QUEUE: str = "default"
     MAX_RETRIES: int = 0
     RETRY_DELAY: int = 120
-    CONSUMER_NAP_TIME: float = 1.0
+    CONSUMER_NAP_TIME: float | None = None
+    NOTIFY: bool = True
     FAIL_SILENTLY: bool = True
     SERIALIZER: str = "pickle"
     SIGNING: bool = True
@@ -44,6 +45,7 @@ class Settings:
     MAX_RESCUES: int = 3
     LANE_TIMEOUT: float = 30.0
     SHUTDOWN_TIMEOUT: float = 30.0
+    TIME_LIMIT_GRACE: float = 2.0
     ASYNC_SLOTS: int = 100
     ASYNC_CONNECTIONS: int = 8
     IMPORTS: tuple[str, ...] = ()
@@ -86,16 +88,25 @@ def _is_count(minimum: int, maximum: int = 2**31 - 1) -> Callable[[Any], str | N
     return rule
 
 
-def _is_duration(*, positive: bool) -> Callable[[Any], str | None]:
+def _is_duration(*, positive: bool, minimum: float = 0.0) -> Callable[[Any], str | None]:
     def rule(value: Any) -> str | None:
         if isinstance(value, int | float | timedelta) and not isinstance(value, bool):
             number = seconds(value)
-            if 0 <= number <= DURATION_SECONDS_MAX and (number > 0 or not positive):
+            if minimum <= number <= DURATION_SECONDS_MAX and (number > 0 or not positive):
                 return None
-        least = "more than zero" if positive else "zero or more"
+        least = (
+            f"{minimum:g} or more" if minimum else "more than zero" if positive else "zero or more"
+        )
         return f"must be {least} seconds or a timedelta, and at most {DURATION_SECONDS_MAX} s"
 
     return rule
+
+
+def _or_none(rule: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    def lenient(value: Any) -> str | None:
+        return None if value is None or not (complaint := rule(value)) else f"{complaint}, or None"
+
+    return lenient
 
 
 def _is_one_of(*words: str) -> Callable[[Any], str | None]:
@@ -116,15 +127,18 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "DEFAULT_QUEUE": _is_queue,
     "MAX_RETRIES": _is_count(0, RETRIES_MAX),
     "RETRY_DELAY": _is_duration(positive=False),
-    "CONSUMER_NAP_TIME": _is_duration(positive=True),
+    "CONSUMER_NAP_TIME": _or_none(_is_duration(positive=True)),
+    "NOTIFY": _is_flag,
     "FAIL_SILENTLY": _is_flag,
     "SERIALIZER": _is_one_of("pickle", "json"),
     "SIGNING": _is_flag,
     "MAX_PAYLOAD_BYTES": _is_count(1),
-    "LEASE_SECONDS": _is_duration(positive=True),
+    # Every consumer renews its lease several times in this time.
+    "LEASE_SECONDS": _is_duration(positive=True, minimum=0.1),
     "MAX_RESCUES": _is_count(0, 10_000),
     "LANE_TIMEOUT": _is_duration(positive=True),
     "SHUTDOWN_TIMEOUT": _is_duration(positive=False),
+    "TIME_LIMIT_GRACE": _is_duration(positive=False),
     "ASYNC_SLOTS": _is_count(1),
     "ASYNC_CONNECTIONS": _is_count(1),
     "IMPORTS": _is_modules,

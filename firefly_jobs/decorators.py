@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
+from typing import Any, Generic, ParamSpec, Self, TypedDict, TypeVar, Unpack, overload
 
 from asgiref.sync import sync_to_async
 
@@ -23,9 +23,14 @@ from .exceptions import (
     SyncFuncNotSupportedException,
     TaskDefinitionError,
 )
+from .jobs import Job
+from .limits import Concurrency, RateLimit, key_of
 from .models import TaskModel
-from .options import TaskOptions, check_words
+from .options import OnConflict, TaskOptions, UniqueKey, check_key, check_words
+from .priorities import PriorityName
+from .resources import Limit
 from .retries import RetryStrategy
+from .signatures import CallSignature, by_name, call_with
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,6 +45,7 @@ class BaseTask(Generic[P, R]):
         func: The decorated function.
         name: What rows call it: ``module.qualname``, or the ``name`` option.
         options: See :class:`~firefly_jobs.options.TaskOptions`.
+        signature: What its callers may pass.
         is_async: Whether ``func`` is a coroutine function.
     """
 
@@ -50,7 +56,9 @@ class BaseTask(Generic[P, R]):
         self.func = func
         self.options = options
         self.name = options.name or f"{func.__module__}.{func.__qualname__}"
-        self._signature = _signature(func, takes_context=options.takes_context)
+        self.signature = CallSignature(func, name=self.name, takes_context=options.takes_context)
+        self.signature.check_defaults(options.kwargs)
+        self.check_options(options)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function itself, here and now."""
@@ -62,12 +70,17 @@ class BaseTask(Generic[P, R]):
     def __reduce__(self) -> tuple[Any, ...]:
         return registry.find, (self.name,)
 
+    @property
+    def job(self) -> Job:
+        """A call of this task as a value, without arguments yet; see :class:`Job`."""
+        return Job(self)
+
     def using(self, **options: Any) -> Self:
         """Return a copy of this task with other options for its calls.
 
         Args:
-            options: Any of ``queue``, ``priority``, ``eta``, ``max_retries``,
-                ``retry_delay``, ``retry``, ``retry_on``, ``serializer``, ``database``.
+            options: Any option that ``docs/reference/tasks.md`` does not reserve for the
+                decorator, and ``eta``.
 
         Raises:
             TypeError: If a word is no option, or belongs to the function itself.
@@ -76,7 +89,14 @@ class BaseTask(Generic[P, R]):
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
         copy.options = self.options.using(**options)
+        self.check_options(copy.options)
         return copy
+
+    def check_options(self, options: TaskOptions) -> None:
+        """Raise ``ValueError`` if an option names a parameter that the function has not."""
+        for word in ("concurrency", "rate_limit"):
+            if (limit := getattr(options, word)) is not None:
+                self.signature.check_key(word, limit.key)
 
     def row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskModel:
         """Return the unwritten row of one call; ``eta`` in ``kwargs`` is the call's option.
@@ -89,20 +109,40 @@ class BaseTask(Generic[P, R]):
         if "eta" in kwargs:
             kwargs = dict(kwargs)
             options = options.using(eta=kwargs.pop("eta"))
-        try:
-            if options.takes_context:
-                self._refuse_context(kwargs)
-            self._signature.bind(*args, **kwargs)
-        except TypeError as error:
-            message = f"{self.name}{self._signature} cannot be called like this: {error}."
-            raise TypeError(message) from None
-        return enqueue.build(self.name, options, args, kwargs)
+        return self.row_of(options, args, kwargs)
 
-    def _refuse_context(self, kwargs: dict[str, Any]) -> None:
-        first = next(iter(inspect.signature(self.func).parameters.values()))
-        if first.name in kwargs and first.kind is first.POSITIONAL_OR_KEYWORD:
-            message = f"the consumer passes {first.name!r} itself (takes_context=True)"
-            raise TypeError(message)
+    def row_of(
+        self, options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TaskModel:
+        """Return the unwritten row of one call with ``options``; errors as for :meth:`row`."""
+        if options.kwargs:
+            kwargs = self.signature.complete(args, kwargs, options.kwargs)
+        bound = self.signature.bind(args, kwargs)
+        if options.check_types:
+            self.signature.check_types(bound)
+        key = options.unique_key
+        if callable(key):
+            key = call_with(key, by_name(bound))
+            key = None if key is None else check_key(key)
+        row = enqueue.build(self.name, options, args, kwargs, unique_key=key)
+        if options.concurrency is not None or options.rate_limit is not None:
+            self._limit(row, options, lambda: by_name(bound))
+        return row
+
+    def _limit(
+        self, row: TaskModel, options: TaskOptions, arguments: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Write into ``row`` what it counts together with others under."""
+        if (concurrency := options.concurrency) is not None:
+            key = key_of("concurrency", concurrency.key, task=self.name, arguments=arguments)
+            if key is not None:
+                row.concurrency_key = check_key(key, word="The key of concurrency")
+                row.max_concurrent = concurrency.max_concurrent
+        if (limit := options.rate_limit) is not None:
+            key = key_of("rate_limit", limit.key, task=self.name, arguments=arguments)
+            if key is not None:
+                row.rate_key = check_key(key, word="The key of rate_limit")
+                row.rate_limit = str(limit.parsed)
 
     async def _aschedule(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskModel:
         # Thread-sensitive, like every query of Django's: the row joins the transaction
@@ -162,23 +202,44 @@ class AsyncTask(BaseTask[P, Coroutine[Any, Any, R]]):
         return await self._aschedule(args, kwargs)
 
 
+class TaskWords(TypedDict, total=False):
+    """The options of ``@task`` and ``@atask``, as type checkers see them."""
+
+    queue: str | None
+    max_retries: int | None
+    retry_delay: float | timedelta | None
+    priority: int | PriorityName
+    atomic: bool
+    group_commit: bool | None
+    database: str | None
+    name: str | None
+    aliases: tuple[str, ...] | list[str]
+    takes_context: bool
+    serializer: str | None
+    retry: RetryStrategy | None
+    retry_on: RetryOn
+    max_attempts: int | None
+    kwargs: Mapping[str, Any]
+    check_types: bool
+    expires: float | timedelta | datetime | None
+    unique_key: UniqueKey
+    on_conflict: OnConflict
+    time_limit: float | timedelta | None
+    memory_limit: int | str | None
+    limits: Iterable[Limit]
+    concurrency: Concurrency | int | None
+    rate_limit: RateLimit | str | None
+    label: str
+    description: str
+    metadata: Mapping[str, Any]
+    tags: Iterable[str]
+
+
 @overload
 def task(func: Callable[P, R], /) -> Task[P, R]: ...
 @overload
 def task(
-    *,
-    queue: str | None = None,
-    max_retries: int | None = None,
-    retry_delay: float | timedelta | None = None,
-    priority: int = 0,
-    atomic: bool = True,
-    database: str | None = None,
-    name: str | None = None,
-    aliases: tuple[str, ...] | list[str] = (),
-    takes_context: bool = False,
-    serializer: str | None = None,
-    retry: RetryStrategy | None = None,
-    retry_on: RetryOn = (),
+    **options: Unpack[TaskWords],
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 def task(func: Any = None, /, **options: Any) -> Any:
     """Make a function schedulable; bare or with options.
@@ -186,11 +247,20 @@ def task(func: Any = None, /, **options: Any) -> Any:
     Args:
         func: The function, when used bare.
         options: ``queue`` (name; default ``DEFAULT_QUEUE``), ``priority`` (-100..100, higher
-            first), ``max_retries`` and ``retry_delay`` (seconds or ``timedelta``), or ``retry``
-            (a strategy) instead, ``retry_on`` (exception classes), ``atomic`` (False: no
-            transaction, at-least-once), ``database`` (alias of rows and effects), ``name``,
+            first, or a name), ``max_retries`` (or ``max_attempts``, one more) and
+            ``retry_delay`` (seconds or ``timedelta``), or ``retry`` (a strategy) instead,
+            ``retry_on`` (exception classes), ``atomic`` (False: no
+            transaction, at-least-once), ``group_commit`` (short calls share a transaction and
+            its COMMIT), ``database`` (alias of rows and effects), ``name``,
             ``aliases`` (former names), ``takes_context`` (pass the context as first argument),
-            ``serializer`` (``"pickle"`` or ``"json"``).
+            ``serializer`` (``"pickle"`` or ``"json"``), ``kwargs`` (defaults for keyword
+            arguments), ``check_types`` (compare arguments with simple annotations),
+            ``expires`` (seconds, ``timedelta`` or moment: not started by then is cancelled),
+            ``unique_key`` (text, or a callable of the call's arguments) and ``on_conflict``
+            (``"return"``, ``"raise"``, ``"replace"``), ``time_limit`` and ``memory_limit``, or
+            ``limits``, ``concurrency`` (how many calls run at the same time: a number, or
+            ``Concurrency``) and ``rate_limit`` (how many start in a period: ``"100/m"``, or
+            ``RateLimit``), ``label``, ``description``, ``metadata``, ``tags``.
 
     Raises:
         AsyncFuncNotSupportedException: On an ``async def``.
@@ -204,19 +274,7 @@ def task(func: Any = None, /, **options: Any) -> Any:
 def atask(func: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...
 @overload
 def atask(
-    *,
-    queue: str | None = None,
-    max_retries: int | None = None,
-    retry_delay: float | timedelta | None = None,
-    priority: int = 0,
-    atomic: bool = True,
-    database: str | None = None,
-    name: str | None = None,
-    aliases: tuple[str, ...] | list[str] = (),
-    takes_context: bool = False,
-    serializer: str | None = None,
-    retry: RetryStrategy | None = None,
-    retry_on: RetryOn = (),
+    **options: Unpack[TaskWords],
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], AsyncTask[P, R]]: ...
 def atask(func: Any = None, /, **options: Any) -> Any:
     """Make a coroutine function schedulable; options and errors as for :func:`task`.
@@ -225,6 +283,42 @@ def atask(func: Any = None, /, **options: Any) -> Any:
         SyncFuncNotSupportedException: On a plain function.
     """
     return _decorate(AsyncTask, func, options)
+
+
+def define_job_type(kind: type[Job], options: TaskOptions) -> BaseTask[Any, Any]:
+    """Register a job type as the task that runs it; for ``Job``'s own use.
+
+    Raises:
+        TaskDefinitionError: If a consumer could not find the class by its name.
+    """
+    run: Any = kind.run  # type: ignore[attr-defined]  # why it is called
+    is_async = inspect.iscoroutinefunction(run)
+
+    def called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Not through the constructor, which may compute these arguments from others.
+        job = kind.__new__(kind)
+        job._fill(made, args, kwargs, made.options)  # noqa: SLF001 - what else a job is made of
+        return job.run(*args, **kwargs)  # type: ignore[attr-defined]  # the type defines it
+
+    def func(*args: Any, **kwargs: Any) -> Any:
+        return called(args, kwargs)
+
+    async def coroutine(*args: Any, **kwargs: Any) -> Any:
+        return await called(args, kwargs)
+
+    stand_in: Any = coroutine if is_async else func
+    signature = inspect.signature(run)
+    functools.update_wrapper(stand_in, run)
+    del stand_in.__wrapped__
+    stand_in.__module__, stand_in.__doc__ = kind.__module__, kind.__doc__
+    stand_in.__name__, stand_in.__qualname__ = kind.__name__, kind.__qualname__
+    stand_in.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
+    if reason := _unfindable(stand_in):
+        message = f"{kind.__qualname__} cannot be a job type: {reason}. Define it in a module."
+        raise TaskDefinitionError(message)
+    made: BaseTask[Any, Any] = (AsyncTask if is_async else Task)(stand_in, options)
+    registry.register(made)
+    return made
 
 
 def _decorate(kind: type[BaseTask[Any, Any]], func: Any, words: dict[str, Any]) -> Any:
@@ -283,28 +377,3 @@ def _unfindable(func: Any) -> str | None:
     if func.__module__ == "__main__":
         return "a consumer cannot import the module __main__"
     return None
-
-
-def _signature(func: Callable[..., Any], *, takes_context: bool) -> inspect.Signature:
-    signature = inspect.signature(func)
-    parameters = list(signature.parameters.values())
-    if "eta" in signature.parameters:
-        message = (
-            f"{func.__qualname__} cannot be a task: schedule() keeps the word 'eta' for the time "
-            f"a call is due, so no parameter may have that name."
-        )
-        raise TaskDefinitionError(message)
-    if takes_context:
-        if not parameters or parameters[0].kind not in {
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            inspect.Parameter.VAR_POSITIONAL,
-        }:
-            message = (
-                f"{func.__qualname__} has takes_context=True, so it needs a first positional "
-                f"parameter that receives the context."
-            )
-            raise TaskDefinitionError(message)
-        if parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
-            parameters = parameters[1:]
-    return signature.replace(parameters=parameters)

@@ -8,21 +8,47 @@ found before the INSERT.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
+from functools import lru_cache
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from django.conf import settings as django_settings
+from django.db import connections, transaction
 from django.db.models.expressions import DatabaseDefault
 
-from . import serializers
-from .conf import get_settings, suggestion
+from . import databases, serializers, unique
+from .conf import get_settings, seconds, suggestion
+from .databases import EXTRA_COLUMNS, INSERT_COLUMNS, STATEMENT_BYTES_MAX
+from .databases.functions import SecondsFromNow
+from .jobs import Job
 from .models import TaskModel
-from .options import TaskOptions
+from .options import ETA_MAX, TaskOptions
+from .wakeup import announce
+
+# Fields of a new row, in the order of databases.base.INSERT_COLUMNS.
+INSERTED = (
+    *("func_name", "queue", "priority", "not_before", "raw_params"),
+    *("retry_delay", "max_retries", "retry"),
+)
+EXTRAS = tuple(EXTRA_COLUMNS.split(", "))
+_inserted = attrgetter(*INSERTED)
+_extras = itemgetter(*EXTRAS)
+# The fields of a row whose scheduler says nothing about them.
+_NO_EXTRAS: tuple[Any, ...] = (*[None] * 5, "", "", {}, [], *[None] * 4)
 
 logger = logging.getLogger("firefly_jobs")
 
 
 def build(
-    name: str, options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str,
+    options: TaskOptions,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    unique_key: str | None = None,
 ) -> TaskModel:
     """Return the row of one call, not yet written.
 
@@ -31,23 +57,51 @@ def build(
         options: Its options, or those of ``using()``.
         args: Positional arguments, already bound to the signature.
         kwargs: Keyword arguments, likewise.
+        unique_key: The key of this call, if it has one.
 
     Raises:
         PayloadError: If the arguments cannot be stored.
+        ValueError: If the call would expire before it is due.
     """
     settings = get_settings()
+    serializer = options.serializer or settings.SERIALIZER
+    serializers.refuse_unreadable(serializer)
     strategy = options.effective_retry
-    return TaskModel(
+    row = TaskModel(
         func_name=name,
         queue=options.queue or settings.DEFAULT_QUEUE,
         priority=options.priority,
         not_before=options.eta,
-        raw_params=serializers.dumps_params(
-            args, kwargs, task_name=name, serializer=options.serializer or settings.SERIALIZER
-        ),
+        raw_params=serializers.dumps_params(args, kwargs, task_name=name, serializer=serializer),
         max_retries=options.effective_max_retries,
         retry_delay=options.effective_retry_delay,
         retry=None if strategy is None else strategy.to_json(),
+    )
+    if options.has_extras:
+        row.unique_key = row.active_key = unique_key
+        row.on_conflict = options.on_conflict
+        # An expression until it is written: the database's clock decides.
+        row.expires_at = _expires_at(options)
+        row.time_limit, row.memory_limit = options.time_limit, options.memory_limit
+        row.label, row.description = options.label, options.description
+        row.metadata, row.tags = dict(options.metadata), list(options.tags)
+    return row
+
+
+def _expires_at(options: TaskOptions) -> Any:
+    """Return when a call expires: seconds count from the moment that it is due."""
+    expires, eta = options.expires, options.eta
+    if expires is None:
+        return None
+    if isinstance(expires, datetime):
+        if eta is not None and expires <= eta:
+            message = f"expires must be after eta, got {expires!r} and {eta!r}."
+            raise ValueError(message)
+        return expires
+    if eta is None:
+        return SecondsFromNow(seconds(expires))
+    return min(eta, ETA_MAX - timedelta(seconds=seconds(expires))) + timedelta(
+        seconds=seconds(expires)
     )
 
 
@@ -58,9 +112,143 @@ def insert(row: TaskModel, *, using: str | None) -> TaskModel:
         row: What :func:`build` returned.
         using: The database alias, or ``None`` for ``FIREFLY_JOBS["DATABASE"]``.
 
+    Returns:
+        The row; or the one that has its unique key, as ``on_conflict`` says.
+
     Raises:
         ValueError: If the alias is not in ``DATABASES``.
+        TaskAlreadyScheduled: If the key is taken and ``on_conflict`` says so.
     """
+    alias = _alias(using)
+    if row.active_key is not None:
+        return unique.insert(row, connections[alias], write=_write_unless_taken)
+    with transaction.mark_for_rollback_on_error(using=alias):
+        _write(connections[alias], [row])
+    announce(alias, (row.queue,))
+    logger.debug(
+        "Scheduled task",
+        extra={"task_id": row.pk, "task_name": row.func_name, "queue": row.queue},
+    )
+    return row
+
+
+def insert_many(rows: Iterable[TaskModel], *, using: str | None = None) -> list[TaskModel]:
+    """Write many rows in one transaction, a thousand or more per statement.
+
+    Args:
+        rows: What :func:`build` returned; an iterator is read batch by batch.
+        using: As for :func:`insert`.
+
+    Returns:
+        The rows in order, with their ids.  All of them are written, or none.
+
+    Raises:
+        ValueError: If the alias is not in ``DATABASES``.
+        TaskAlreadyScheduled: As for :func:`insert`.
+    """
+    alias = _alias(using)
+    connection, database = connections[alias], databases.of(alias)
+    written: list[TaskModel] = []
+    keyed: list[int] = []
+    with database.write_transaction(connection):
+        for batch in _batches(rows, database.insert_batch_size):
+            keyed += [n for n, row in enumerate(batch, len(written)) if row.active_key is not None]
+            if plain := [row for row in batch if row.active_key is None]:
+                _write(connection, plain)
+            written += batch
+        if keyed:
+            unique.insert_many(written, keyed, connection, write=_write_unless_taken)
+        announce(alias, {row.queue for row in written})
+    logger.debug("Scheduled %s tasks", len(written))
+    return written
+
+
+def insert_calls(jobs: Iterable[Job]) -> list[TaskModel]:
+    """Write many jobs' rows in one transaction; see :func:`firefly_jobs.jobs.schedule_many`.
+
+    Raises:
+        ValueError: If they belong to different databases.
+    """
+    iterator = iter(jobs)
+    first = next(iterator, None)
+    if first is None:
+        return []
+    alias = _alias(first.options.database)
+
+    def rows() -> Iterator[TaskModel]:
+        for job in chain([first], iterator):
+            if (other := _alias(job.options.database)) != alias:
+                message = (
+                    f"schedule_many got jobs of the databases {alias!r} and {other!r}, which "
+                    f"cannot be committed together. Call it once for each."
+                )
+                raise ValueError(message)
+            yield job.row()
+
+    return insert_many(rows(), using=alias)
+
+
+def _write(connection: Any, rows: list[TaskModel]) -> None:
+    """Insert ``rows`` with one statement, and tell each its id."""
+    # By hand, since the ORM would name every column of a wide table for every row.
+    values, columns = list(map(_inserted, rows)), INSERT_COLUMNS
+    if any(_extras(row.__dict__) != _NO_EXTRAS for row in rows):
+        values, columns = _with_extras(connection, rows)
+    ids = databases.of(connection.alias).insert(connection, values, columns=columns)
+    for row, pk in zip(rows, ids, strict=True):
+        _settle_in(row, pk, connection)
+
+
+def _write_unless_taken(connection: Any, rows: list[TaskModel]) -> list[bool]:
+    """Insert those of ``rows`` whose keys, all different, are free; return which."""
+    values, columns = _with_extras(connection, rows)
+    with transaction.mark_for_rollback_on_error(using=connection.alias):
+        ids = databases.of(connection.alias).insert_unless_taken(
+            connection, values, columns=columns
+        )
+    for row, pk in zip(rows, ids, strict=True):
+        if pk is not None:
+            _settle_in(row, pk, connection)
+    return [pk is not None for pk in ids]
+
+
+def _settle_in(row: TaskModel, pk: int, connection: Any) -> None:
+    row.pk = pk
+    row._state.adding, row._state.db = False, connection.alias
+    _forget_defaults(row)
+
+
+def _with_extras(connection: Any, rows: list[TaskModel]) -> tuple[list[tuple[Any, ...]], str]:
+    values = [(*_inserted(row), *_prepared(row, connection)) for row in rows]
+    return values, f"{INSERT_COLUMNS}, {EXTRA_COLUMNS}"
+
+
+def _prepared(row: TaskModel, connection: Any) -> Iterator[Any]:
+    for field, value in zip(_extra_fields(), _extras(row.__dict__), strict=True):
+        is_ready = value is None or isinstance(value, str | datetime | SecondsFromNow)
+        yield value if is_ready else field.get_db_prep_save(value, connection)
+
+
+@lru_cache(maxsize=1)
+def _extra_fields() -> list[Any]:
+    return [TaskModel._meta.get_field(name) for name in EXTRAS]
+
+
+def _batches(rows: Iterable[TaskModel], size: int) -> Iterator[list[TaskModel]]:
+    """Cut ``rows`` into what one statement can take, by number and by length."""
+    batch: list[TaskModel] = []
+    length = 0
+    for row in rows:
+        if batch and (len(batch) >= size or length + len(row.raw_params) > STATEMENT_BYTES_MAX):
+            yield batch
+            batch, length = [], 0
+        batch.append(row)
+        length += len(row.raw_params)
+    if batch:
+        yield batch
+
+
+def _alias(using: str | None) -> str:
     alias = using or get_settings().DATABASE
     if alias not in django_settings.DATABASES:
         message = (
@@ -68,13 +256,13 @@ def insert(row: TaskModel, *, using: str | None) -> TaskModel:
             f"{suggestion(alias, django_settings.DATABASES)}"
         )
         raise ValueError(message)
-    row.save(using=alias, force_insert=True)
-    created: Any = row.created
-    if isinstance(created, DatabaseDefault):
-        # MySQL cannot return what an INSERT filled in: read it when somebody asks.
-        del row.__dict__["created"]
-    logger.debug(
-        "Scheduled task",
-        extra={"task_id": row.pk, "task_name": row.func_name, "queue": row.queue},
-    )
-    return row
+    return alias
+
+
+def _forget_defaults(row: TaskModel) -> None:
+    """Let what the database has worked out be read when somebody asks."""
+    fields: Any = row.__dict__
+    if isinstance(fields.get("created"), DatabaseDefault):
+        del fields["created"]
+    if isinstance(fields.get("expires_at"), SecondsFromNow):
+        del fields["expires_at"]

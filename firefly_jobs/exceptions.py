@@ -48,16 +48,79 @@ class BadSignature(PayloadError, signing.BadSignature):
     """
 
 
+class TaskAlreadyScheduled(ValueError):
+    """Another task with the same unique key waits or runs.
+
+    Attributes:
+        existing: Its row.
+    """
+
+    def __init__(self, message: str, existing: Any) -> None:
+        super().__init__(message)
+        self.existing = existing
+
+
 class TransactionDoomedError(RuntimeError):
     """The call returned, but its transaction was already rolled back or marked so."""
 
 
 class ImplicitCommitError(RuntimeError):
-    """A statement would have committed the call's transaction behind its back."""
+    """A statement would have ended the call's transaction; it was not sent."""
+
+
+class LeavesGroup(RuntimeError):
+    """An event: the call would end a transaction it shares; it runs again in one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The task may end its transaction itself, which it shares with others (group "
+            "commit). It runs again in a transaction of its own."
+        )
 
 
 class LaneTimeoutError(RuntimeError):
     """An async call waited too long for a database connection."""
+
+
+class WaitInsideTransactionError(RuntimeError):
+    """A row was waited for inside a transaction, which may keep it from ever ending."""
+
+
+class TaskFailed(Exception):
+    """Raised to whoever waits for the result of a task that failed.
+
+    Args:
+        task_id: Primary key of the row.
+        func_name: The task's name.
+        error: What the row says about the last error, one line.
+    """
+
+    def __init__(self, task_id: int, func_name: str, error: str) -> None:
+        super().__init__(task_id, func_name, error)
+        self.task_id, self.func_name, self.error = task_id, func_name, error
+
+    def __str__(self) -> str:
+        return f"Task {self.task_id} ({self.func_name}) failed: {self.error or 'no reason given'}"
+
+
+class TaskCancelled(Exception):
+    """Raised to whoever waits for the result of a task that was cancelled.
+
+    Args:
+        task_id: Primary key of the row.
+        func_name: The task's name.
+        reason: What the row says about it, one line.
+    """
+
+    def __init__(self, task_id: int, func_name: str, reason: str) -> None:
+        super().__init__(task_id, func_name, reason)
+        self.task_id, self.func_name, self.reason = task_id, func_name, reason
+
+    def __str__(self) -> str:
+        return (
+            f"Task {self.task_id} ({self.func_name}) was cancelled: "
+            f"{self.reason or 'no reason given'}"
+        )
 
 
 class LeaseLost(Exception):
@@ -78,6 +141,31 @@ class CommitUncertain(Exception):
 
 class ConsumerLost(Exception):
     """The consumer that ran a task disappeared too often; recorded as the row's error."""
+
+
+class TimeLimitExceeded(Exception):
+    """Raised inside a call that has run for longer than its ``time_limit``.
+
+    If that does not end it, its supervisor ends the process, and records this as the error.
+    """
+
+    # Without arguments it is what another thread raises, which can give it none.
+    def __init__(self, message: str = "It ran for longer than its time_limit.") -> None:
+        super().__init__(message)
+
+
+class MemoryLimitExceeded(Exception):
+    """Raised inside a call whose process keeps more memory than its ``memory_limit``.
+
+    If that does not end it, its supervisor ends the process, and records this as the error.
+    """
+
+    def __init__(self, message: str = "Its process kept more than its memory_limit.") -> None:
+        super().__init__(message)
+
+
+class Expired(Exception):
+    """A call was not started by the time that ``expires`` said; so it is cancelled."""
 
 
 class StopRequested(BaseException):
@@ -117,6 +205,10 @@ class Snooze(Exception):
     Args:
         delay: Pause before the next attempt, in seconds or as ``timedelta``.
     """
+
+    # For subclasses: what the row says meanwhile, and whether history keeps it.
+    reason: str | None = None
+    is_notable = True
 
     def __init__(self, delay: float | timedelta) -> None:
         super().__init__("snoozed by the task")

@@ -11,28 +11,38 @@ everybody is silent and nobody is dead.
 from __future__ import annotations
 
 import logging
+import random
 import threading
+import time
 from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from django.db import Error, connections
-
-from . import databases, lifecycle
+from . import admission, fencing, lifecycle
 from .attempts import Claim, Ended
+from .membership import KeptConnection
 from .models import ConsumerModel
-from .reporting import log_settled
+from .reporting import log_fields, log_settled
 
 logger = logging.getLogger("firefly_jobs")
 
 # Heartbeats per lease; a lease survives two that are missed.
 BEATS_PER_LEASE = 3
 _RETRY_SECONDS = 0.5
+# How often lines are looked at for rows that everybody has forgotten.
+SWEEP_LEASES = 10
 
 
 class _Look(NamedTuple):
     renewed_at: object
     looked_at: float
+
+
+def awake_seconds() -> float:
+    """Return a clock that only goes forward, and goes on while the machine is suspended."""
+    # Where there is no such clock, the usual one stands still during a suspend.
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return monotonic() if clock is None else time.clock_gettime(clock)
 
 
 class Heartbeat(threading.Thread):
@@ -41,10 +51,13 @@ class Heartbeat(threading.Thread):
     Args:
         using: Database alias.
         lease_seconds: How long the others wait for a heartbeat.
-        on_rescued: Called when this consumer finds itself rescued.
+        on_rescued: Called with the id under which this consumer was found to be rescued; it
+            may have another by then.
     """
 
-    def __init__(self, *, using: str, lease_seconds: float, on_rescued: Callable[[], None]) -> None:
+    def __init__(
+        self, *, using: str, lease_seconds: float, on_rescued: Callable[[int], None]
+    ) -> None:
         super().__init__(name="firefly-heartbeat", daemon=True)
         self._using = using
         self._lease_seconds = lease_seconds
@@ -53,18 +66,27 @@ class Heartbeat(threading.Thread):
         self._stopping = threading.Event()
         self._first_looks: dict[int, _Look] = {}
         self._orphans: set[Claim] = set()
+        self._next_orphans_at = 0.0
+        # Not all consumers of a deploy at the same moment.
+        self._next_sweep_at = monotonic() + lease_seconds * SWEEP_LEASES * random.random()  # noqa: S311 - no secret
+        self._swept = ""
         self._consumer = 0
-        self._prepared: object = None
-        self._renewed_at = monotonic()
+        self._connection = KeptConnection(using, owner=lambda: self._consumer)
+        self._renewed_at = awake_seconds()
 
-    def watch(self, consumer: int) -> None:
-        """Renew this consumer from now on: it has just registered."""
-        self._renewed_at = monotonic()
+    def watch(self, consumer: int, *, since: float) -> None:
+        """Renew this consumer from now on.
+
+        Args:
+            consumer: Its id.
+            since: :func:`awake_seconds` before it registered.
+        """
+        self._renewed_at = since
         self._consumer = consumer
 
     def is_fresh(self) -> bool:
         """Whether nobody can have taken this consumer for dead yet."""
-        return monotonic() - self._renewed_at < self._lease_seconds
+        return awake_seconds() - self._renewed_at < self._lease_seconds
 
     def stop(self) -> None:
         """End the thread."""
@@ -81,31 +103,29 @@ class Heartbeat(threading.Thread):
                 level = logging.DEBUG if self.is_fresh() else logging.WARNING
                 logger.log(level, "Heartbeat failed, will try again: %s", error)
                 self._first_looks.clear()
-                _close(self._using)
+                self._connection.close()
                 pause = min(_RETRY_SECONDS, self._interval_seconds)
-        _close(self._using)
-
-    def _connect(self) -> None:
-        connection = connections[self._using]
-        connection.ensure_connection()
-        if connection.connection is not self._prepared:
-            databases.of(self._using).prepare_dispatcher(connection, self._consumer)
-            self._prepared = connection.connection
+        self._connection.close()
 
     def _beat(self) -> None:
-        self._connect()
-        consumer, before = self._consumer, monotonic()
+        self._connection.ensure()
+        consumer, before = self._consumer, awake_seconds()
         if not lifecycle.renew(consumer, using=self._using):
-            if consumer == self._consumer:
-                self._on_rescued()
+            self._on_rescued(consumer)
             return
-        after = monotonic()
+        after = awake_seconds()
         if after - self._renewed_at > 2 * self._interval_seconds:
             # We were late ourselves, so silence of others means nothing: look anew.
             self._first_looks.clear()
         # The server wrote somewhere between the two; the earlier is the safe one.
         self._renewed_at = before
         self._rescue_the_dead(consumer)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        if monotonic() >= self._next_sweep_at:
+            self._next_sweep_at = monotonic() + self._lease_seconds * SWEEP_LEASES
+            self._swept = admission.sweep(self._swept, using=self._using)
 
     def _rescue_the_dead(self, consumer: int) -> None:
         suspects = lifecycle.suspects(using=self._using, besides=consumer)
@@ -119,15 +139,25 @@ class Heartbeat(threading.Thread):
             else:
                 looks[suspect.pk] = look
         self._first_looks = looks
-        orphans = set(lifecycle.orphans(using=self._using))
+        self._rescue_orphans()
+
+    def _rescue_orphans(self) -> None:
+        # Rare, so they are looked for once per lease; a find is looked at again at once.
+        if not self._orphans and monotonic() < self._next_orphans_at:
+            return
+        self._next_orphans_at = monotonic() + self._lease_seconds
+        orphans = set(fencing.orphans(using=self._using))
         if twice_seen := sorted(orphans & self._orphans):
-            lifecycle.rescue_orphans(twice_seen, using=self._using)
+            for claim in lifecycle.rescue_orphans(twice_seen, using=self._using):
+                logger.warning(
+                    "Rescued task %s, whose consumer was gone", claim.id, extra=log_fields(claim)
+                )
         self._orphans = orphans
 
     def _rescue(self, suspect: ConsumerModel) -> None:
         lifecycle.end_sessions(suspect, using=self._using)
         settlements = lifecycle.rescue(suspect, using=self._using)
-        if settlements is None:
+        if not settlements:
             return
         logger.warning(
             "Rescued %s tasks of consumer %s, which stopped renewing its lease",
@@ -138,10 +168,3 @@ class Heartbeat(threading.Thread):
         for settlement in settlements:
             if settlement.ended is Ended.FAILED:
                 log_settled(settlement)
-
-
-def _close(using: str) -> None:
-    try:
-        connections[using].close()
-    except Error:
-        logger.debug("Closing a broken connection failed", exc_info=True)

@@ -2,7 +2,7 @@
 
 A consumer owns exactly this.  Whether a waiting claim is started or released is decided
 here, under one lock, before any statement is sent; rows that carry the consumer's id in
-the database and do not stand here are released (``Consumer``).
+the database and do not stand here are released (``Membership``).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .attempts import Claim
 
 _Key = tuple[int, int]
 
-# How long a lane waits before it asks again whether the lease is fresh.
-_LEASE_POLL_SECONDS = 0.1
+# How long a call waits before it asks again whether the lease is fresh.
+LEASE_POLL_SECONDS = 0.1
 
 
 class Holdings:
@@ -37,7 +37,8 @@ class Holdings:
         self._low_mark = 0
         self._is_closed = False
         self._all: dict[_Key, Claim] = {}
-        self._lane_calls: dict[_Key, float] = {}
+        # When each began, and on which thread.
+        self._lane_calls: dict[_Key, tuple[float, int]] = {}
         self._coroutines: set[_Key] = set()
 
     # --- the dispatcher's side
@@ -47,7 +48,7 @@ class Holdings:
         now = monotonic()
         with self._lock:
             for claim in claims:
-                self._all[_key(claim)] = claim
+                self._all[claim.key] = claim
                 self._waiting.append((claim, now))
             self._low_mark = len(self._waiting) // 2
             self._lock.notify_all()
@@ -55,13 +56,13 @@ class Holdings:
     def hold_started(self, claim: Claim) -> None:
         """Take over a claim that is handed to the event loop at once."""
         with self._lock:
-            self._all[_key(claim)] = claim
-            self._coroutines.add(_key(claim))
+            self._all[claim.key] = claim
+            self._coroutines.add(claim.key)
 
     def hold_aside(self, claim: Claim) -> None:
         """Take over a claim that is not started before :meth:`hold` is called with it."""
         with self._lock:
-            self._all[_key(claim)] = claim
+            self._all[claim.key] = claim
 
     def take_waiting(self, *, older_than_seconds: float = -1.0) -> list[Claim]:
         """Stop holding the claims that have waited longer, and return them to be released."""
@@ -70,7 +71,7 @@ class Holdings:
             taken = [claim for claim, since in self._waiting if since < limit]
             self._waiting = deque(item for item in self._waiting if item[1] >= limit)
             for claim in taken:
-                self._all.pop(_key(claim), None)
+                self._all.pop(claim.key, None)
         return taken
 
     def close(self) -> None:
@@ -88,6 +89,12 @@ class Holdings:
     def running(self) -> int:
         """Calls that have started and not returned."""
         return len(self._lane_calls) + len(self._coroutines)
+
+    @property
+    def running_lanes(self) -> int:
+        """Sync lanes that are busy; with group commit one may run several calls."""
+        with self._lock:
+            return len({lane for _, lane in self._lane_calls.values()})
 
     @property
     def running_async(self) -> int:
@@ -110,11 +117,14 @@ class Holdings:
             started = [*self._lane_calls, *self._coroutines]
             return [self._all[key] for key in started if key in self._all]
 
-    def lane_busy_seconds(self) -> float:
-        """Return for how long the oldest sync call has run; 0 if none runs."""
+    def lanes_busy_longer_than(self, seconds: float) -> int:
+        """Return how many sync lanes have not begun a call since."""
+        limit = monotonic() - seconds
         with self._lock:
-            now = monotonic()
-            return now - min(self._lane_calls.values(), default=now)
+            latest: dict[int, float] = {}
+            for started, lane in self._lane_calls.values():
+                latest[lane] = max(started, latest.get(lane, started))
+            return sum(started < limit for started in latest.values())
 
     # --- the executors' side
 
@@ -128,30 +138,37 @@ class Holdings:
                     self._is_low()
                     self._lock.wait()
                 elif self._may_start():
-                    claim, _ = self._waiting.popleft()
-                    self._lane_calls[_key(claim)] = monotonic()
-                    if len(self._waiting) <= self._low_mark:
-                        self._is_low()
-                    return claim
+                    return self._start_first()
                 else:
-                    self._lock.wait(_LEASE_POLL_SECONDS)
+                    self._lock.wait(LEASE_POLL_SECONDS)
+
+    def next_at_hand(self, accepts: Callable[[Claim], bool]) -> Claim | None:
+        """Return the next claim to start if there is one and it is accepted; never wait."""
+        with self._lock:
+            if not self._waiting or not accepts(self._waiting[0][0]) or not self._may_start():
+                return None
+            return self._start_first()
+
+    def _start_first(self) -> Claim:
+        claim, _ = self._waiting.popleft()
+        self._lane_calls[claim.key] = monotonic(), threading.get_ident()
+        if len(self._waiting) <= self._low_mark:
+            self._is_low()
+        return claim
 
     def returned(self, claim: Claim) -> None:
         """Take note that a call has returned; it is held until it is settled."""
+        key = claim.key
         with self._lock:
-            self._forget_call(claim)
+            self._forget_call(key)
 
     def done(self, claim: Claim) -> None:
         """Stop holding a claim: it is settled, or its lease was lost."""
+        key = claim.key
         with self._lock:
-            self._forget_call(claim)
-            self._all.pop(_key(claim), None)
+            self._forget_call(key)
+            self._all.pop(key, None)
 
-    def _forget_call(self, claim: Claim) -> None:
-        self._lane_calls.pop(_key(claim), None)
-        self._coroutines.discard(_key(claim))
-
-
-def _key(claim: Claim) -> _Key:
-    # With the fence: a row that was lost and claimed again is held twice for a while.
-    return claim.id, claim.fence
+    def _forget_call(self, key: _Key) -> None:
+        self._lane_calls.pop(key, None)
+        self._coroutines.discard(key)

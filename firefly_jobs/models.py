@@ -2,7 +2,8 @@
 
 Rows are read here and changed elsewhere: ``enqueue`` writes new ones, ``lifecycle``
 changes the status of existing ones, and a running row changes only under its fence.
-The verbs on :class:`TaskModel` (``cancel``, ``retry_now``) hand over to ``lifecycle``.
+The verbs on :class:`TaskModel` (``cancel``, ``retry_now``) hand over to ``lifecycle``, those
+that wait for its end to ``references``.
 
 To add a column: make it nullable or give it a ``db_default``, so that yesterday's
 consumer can insert into today's table.
@@ -10,8 +11,10 @@ consumer can insert into today's table.
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
+from asgiref.sync import sync_to_async
 from django.db import models
 from django.db.models.functions import Coalesce
 from django.utils.translation import gettext_lazy as _
@@ -19,10 +22,21 @@ from django.utils.translation import gettext_lazy as _
 from . import serializers
 from .attempts import Ended
 from .conf import QUEUE_LENGTH_MAX
+from .databases.fields import ExactCharField, SparseJSONField, TagsField
 from .databases.functions import DatabaseNow
-from .databases.indexes import StatusIndex
-from .options import NAME_LENGTH_MAX
+from .databases.indexes import SetIndex, StatusIndex, UniqueWhereSet
+from .limits import LINE_LENGTH_MAX, RATE_LENGTH_MAX
+from .options import (
+    DESCRIPTION_LENGTH_MAX,
+    KEY_LENGTH_MAX,
+    LABEL_LENGTH_MAX,
+    NAME_LENGTH_MAX,
+    OnConflict,
+)
 from .states import Status
+
+if TYPE_CHECKING:
+    from .references import TaskReference
 
 
 class TaskQuerySet(models.QuerySet["TaskModel"]):
@@ -46,11 +60,17 @@ class TaskQuerySet(models.QuerySet["TaskModel"]):
             return self.filter(func_name=task)
         return self.filter(func_name__in=[task.name, *task.options.aliases])
 
+    def tagged(self, *tags: str) -> TaskQuerySet:
+        """Rows that have all of these tags; case counts."""
+        return self.filter(tags__contains=tags)
+
 
 class TaskModel(models.Model):
     """One scheduled call of a task, from ``created`` to its end."""
 
     Status = Status
+    # What to do if the key is taken when the row is written; not stored.
+    on_conflict: OnConflict = "return"
 
     id: models.BigAutoField[int, int] = models.BigAutoField(primary_key=True)
     func_name = models.CharField(_("function"), max_length=NAME_LENGTH_MAX)
@@ -92,6 +112,39 @@ class TaskModel(models.Model):
     rescues = models.SmallIntegerField(_("rescues"), default=0)
     lost_alone = models.SmallIntegerField(_("losses while alone"), default=0)
 
+    # What was asked for, and the same as long as the row has not ended: the second is what
+    # the database keeps unique.
+    unique_key = ExactCharField(_("unique key"), max_length=KEY_LENGTH_MAX, null=True, blank=True)
+    active_key = ExactCharField(
+        _("active key"), max_length=KEY_LENGTH_MAX, null=True, blank=True, editable=False
+    )
+    # How many may run at the same time with the first key, and start in a period with the second.
+    concurrency_key = ExactCharField(
+        _("concurrency key"), max_length=KEY_LENGTH_MAX, null=True, blank=True
+    )
+    max_concurrent = models.IntegerField(_("running at most"), null=True, blank=True)
+    rate_key = ExactCharField(_("rate key"), max_length=KEY_LENGTH_MAX, null=True, blank=True)
+    rate_limit = models.CharField(  # noqa: DJ001 - NULL: none
+        _("rate limit"), max_length=RATE_LENGTH_MAX, null=True, blank=True
+    )
+    # The line that the row stands in: blocked, it waits there; created, it was let go and has
+    # not been admitted yet; running, it occupies a slot.
+    limit_key = ExactCharField(
+        _("line"), max_length=LINE_LENGTH_MAX, null=True, blank=True, editable=False
+    )
+    expires_at = models.DateTimeField(_("expires"), null=True, blank=True)
+    time_limit = models.FloatField(_("time limit in seconds"), null=True, blank=True)
+    memory_limit = models.BigIntegerField(_("memory limit in bytes"), null=True, blank=True)
+    label = models.CharField(
+        _("label"), max_length=LABEL_LENGTH_MAX, db_default="", default="", blank=True
+    )
+    # No text without bounds: to give it a default, MariaDB would have to write every row.
+    description = models.CharField(
+        _("description"), max_length=DESCRIPTION_LENGTH_MAX, db_default="", default="", blank=True
+    )
+    metadata = SparseJSONField(_("metadata"), default=dict)
+    tags = TagsField(_("tags"), default=list)
+
     objects = TaskQuerySet.as_manager()
 
     class Meta:
@@ -111,6 +164,12 @@ class TaskModel(models.Model):
                 name="firefly_rare",
                 statuses=["blocked", "cancelled", "failed"],
             ),
+            SetIndex(
+                fields=["limit_key", "status", "priority", "run_at", "id"], name="firefly_limit"
+            ),
+        ]
+        constraints = [  # noqa: RUF012 - Django's own class attribute
+            UniqueWhereSet(fields=["active_key"], name="firefly_active_key"),
         ]
 
     def __str__(self) -> str:
@@ -139,8 +198,9 @@ class TaskModel(models.Model):
         """Whether any attempt at this call has started."""
         if self.started is not None or self.retry_attempts > 0 or self.rescues > 0:
             return True
-        # Claimed or revived since, but not started again: then history tells.
-        return self.fence > 0 and self.attempts.exists()
+        # Claimed or revived since, but not started again: then history tells.  What expired
+        # before its first attempt stands there under number 0.
+        return self.fence > 0 and self.attempts.filter(number__gt=0).exists()
 
     def cancel(self) -> bool:
         """Cancel this call if it has not started; return whether it was cancelled."""
@@ -153,6 +213,59 @@ class TaskModel(models.Model):
         from . import lifecycle  # noqa: PLC0415 - a verb on a value, see ARCHITECTURE layers
 
         return lifecycle.retry([self.pk], using=self._state.db or "default") == 1
+
+    # --- waiting for the end
+
+    def wait(self, timeout: float | timedelta | None = None) -> Any:
+        """Wait until the call has ended, and return what it returned; see ``TaskReference``.
+
+        This object has the row's new values afterwards.
+
+        Args:
+            timeout: Seconds or ``timedelta``; ``None`` waits for ever.
+
+        Raises:
+            TaskFailed: If it failed.
+            TaskCancelled: If it was cancelled.
+            TimeoutError: If it has not ended in time.
+            WaitInsideTransactionError: If it has not ended and a transaction is open here.
+        """
+        from .references import result_of  # noqa: PLC0415 - a verb on a value, see ARCHITECTURE layers
+
+        return result_of(self.wait_finished(timeout))
+
+    def wait_finished(self, timeout: float | timedelta | None = None) -> TaskModel:
+        """Wait until the call has ended, however it did; return this object, read anew."""
+        return self._become(self._reference().wait_finished(timeout))
+
+    async def await_result(self, timeout: float | timedelta | None = None) -> Any:  # noqa: ASYNC109 - one word for both twins
+        """Return what the call returned, as :meth:`wait`, without blocking the event loop."""
+        from .references import result_of  # noqa: PLC0415 - a verb on a value, see ARCHITECTURE layers
+
+        return await sync_to_async(result_of)(await self.await_finished(timeout))
+
+    async def await_finished(self, timeout: float | timedelta | None = None) -> TaskModel:  # noqa: ASYNC109 - one word for both twins
+        """Return this object once the call has ended, as :meth:`wait_finished`."""
+        return self._become(await self._reference().await_finished(timeout))
+
+    def _reference(self) -> TaskReference:
+        from .references import TaskReference  # noqa: PLC0415 - a verb on a value, see ARCHITECTURE layers
+
+        pk: Any = self.pk
+        if pk is None:
+            message = (
+                f"This call of {self.func_name!r} is not scheduled, so it never ends. Wait for "
+                f"the row that schedule() returned."
+            )
+            raise ValueError(message)
+        return TaskReference(pk, using=self._state.db)
+
+    def _become(self, row: TaskModel) -> TaskModel:
+        """Take over what another object knows about the same row."""
+        names = [field.attname for field in self._meta.concrete_fields]
+        vars(self).update({name: vars(row)[name] for name in names})
+        self._state.adding, self._state.db = False, row._state.db
+        return self
 
 
 class TaskAttempt(models.Model):
@@ -202,3 +315,34 @@ class ConsumerModel(models.Model):
 
     def __str__(self) -> str:
         return f"{self.name} #{self.pk}"
+
+
+class ConcurrencySlot(models.Model):
+    """What all who start or end a call with one concurrency key lock first; holds no number.
+
+    How many run is counted from the rows of the tasks, so there is nothing to leak.
+    """
+
+    key: ExactCharField = ExactCharField(_("key"), max_length=KEY_LENGTH_MAX, primary_key=True)
+
+    class Meta:
+        verbose_name = _("concurrency slot")
+        verbose_name_plural = _("concurrency slots")
+
+    def __str__(self) -> str:
+        return str(self.key)
+
+
+class RateBucket(models.Model):
+    """How far the tokens of one rate key are spent; see ``limits.Rate``."""
+
+    key: ExactCharField = ExactCharField(_("key"), max_length=KEY_LENGTH_MAX, primary_key=True)
+    # Microseconds since 1970, by the database's clock.
+    spent_until = models.BigIntegerField(_("spent until"), default=0)
+
+    class Meta:
+        verbose_name = _("rate bucket")
+        verbose_name_plural = _("rate buckets")
+
+    def __str__(self) -> str:
+        return str(self.key)

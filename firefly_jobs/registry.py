@@ -56,6 +56,11 @@ def find(name: str) -> BaseTask[Any, Any]:
         raise TaskNotFoundError(message) from None
 
 
+def get(name: str) -> BaseTask[Any, Any] | None:
+    """Return the task called ``name``, or ``None``."""
+    return _tasks.get(name)
+
+
 def is_async(name: str) -> bool:
     """Whether ``name`` is an async task; unknown names are not."""
     task = _tasks.get(name)
@@ -65,6 +70,12 @@ def is_async(name: str) -> bool:
 def has_async() -> bool:
     """Whether this process knows any async task."""
     return any(task.is_async for task in _tasks.values())
+
+
+def count_bounded() -> int:
+    """Return how many tasks limit the time or the memory of their calls."""
+    options = {task.name: task.options for task in _tasks.values()}
+    return sum(o.time_limit is not None or o.memory_limit is not None for o in options.values())
 
 
 def names() -> list[str]:

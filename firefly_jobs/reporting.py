@@ -68,3 +68,14 @@ def log_settled(settlement: Settlement) -> None:
 def log_lease_lost(claim: Claim, event: LeaseLost) -> None:
     """Say that an outcome was dropped; the fence did its work."""
     logger.warning("LeaseLost: %s", event, extra=log_fields(claim))
+
+
+def log_to_stderr(verbosity: int) -> None:
+    """Show the log of a project that has not configured where it goes."""
+    logger = logging.getLogger("firefly_jobs")
+    if logger.hasHandlers():
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG))

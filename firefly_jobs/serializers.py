@@ -80,6 +80,18 @@ def loads_returned(text: str, *, task_name: str) -> Any:
     return _loads(text, kind=RETURNED, task_name=task_name)
 
 
+def refuse_unreadable(serializer: str) -> None:
+    """Raise ``PayloadError`` for a serializer whose payloads no consumer would read."""
+    settings = get_settings()
+    if serializer == "pickle" != settings.SERIALIZER and not settings.SIGNING:
+        message = (
+            "serializer='pickle' needs signed payloads while FIREFLY_JOBS['SERIALIZER'] is "
+            f"{settings.SERIALIZER!r}: an unsigned pickle would not be read. Remove "
+            "'SIGNING': False from FIREFLY_JOBS, or use serializer='json'."
+        )
+        raise PayloadError(message)
+
+
 def format_of(text: str) -> str:
     """Return the name of the serializer that wrote a stored payload."""
     return text.partition(":")[0]

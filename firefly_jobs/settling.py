@@ -1,9 +1,11 @@
 """Settle the outcomes that calls did not settle in their own transaction.
 
 Calls that touched no database are completed many at a time, in one statement, at most
-50 ms later.  Failures, retries, snoozes and cancellations are written one by one, each
-with its history.  What could not be written because the database was away stays here
-and is written on a fresh connection; what happened to it meanwhile, the fence tells.
+50 ms later.  Failures, retries, snoozes, cancellations and what a shutdown interrupted are
+written with their history, those that are here together in one transaction.  What could
+not be written because the database was away stays here and is written on a fresh
+connection; what happened to it meanwhile, the fence tells.  An outcome whose row another
+session has locked steps aside for those behind it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
 
-from django.db import Error
+from django.db import DataError, Error, IntegrityError
 
-from . import databases, lifecycle
+from . import databases, fencing, lifecycle
 from .attempts import Claim, Outcome, Settlement, decide
 from .conf import get_settings
-from .databases import Completion
+from .databases import STATEMENT_BYTES_MAX, Completion
 from .exceptions import LeaseLost
 from .reporting import log_completed, log_lease_lost, log_settled
 
@@ -27,6 +29,12 @@ logger = logging.getLogger("firefly_jobs")
 
 FLUSH_SECONDS = 0.05
 BATCH_SIZE = 500
+# So often one outcome by itself is tried on a connection that works.
+_TRIES_MAX = 5
+# Each lock costs the dispatcher a second of waiting.  After so many in one flush all that
+# is left steps aside, and it is tried again after a pause that grows.
+_LOCKS_MAX = 3
+_ASIDE_SECONDS_MIN, _ASIDE_SECONDS_MAX = 1.0, 15.0
 
 
 class Settler:
@@ -46,11 +54,16 @@ class Settler:
         self._database = databases.of(using)
         self._outcomes: deque[Outcome] = deque()
         self._oldest_at = 0.0
-        self._unsettled: set[Claim] = set()
+        self._limit, self._failures = BATCH_SIZE, 0
+        # Keys of what the current batch has not written yet.
+        self._unsettled: set[tuple[int, int]] = set()
+        self._aside: list[Outcome] = []
+        self._aside_until = 0.0
+        self._aside_pause = _ASIDE_SECONDS_MIN
         self.is_urgent = False
 
     def __len__(self) -> int:
-        return len(self._outcomes)
+        return len(self._outcomes) + len(self._aside)
 
     def add(self, outcome: Outcome, *, is_urgent: bool) -> None:
         """Take over an outcome; called from lanes and from the event loop."""
@@ -60,46 +73,136 @@ class Settler:
         if is_urgent or outcome.error is not None or len(self._outcomes) >= BATCH_SIZE:
             self.is_urgent = True
 
-    def seconds_until_due(self) -> float | None:
-        """Return how long the oldest outcome may still wait; ``None`` if there is none."""
-        if not self._outcomes:
-            return None
-        return 0.0 if self.is_urgent else self._oldest_at + FLUSH_SECONDS - monotonic()
+    def seconds_until_due(self, *, is_quiet: bool) -> float | None:
+        """Return how long the oldest outcome may still wait; ``None`` if there is none.
 
-    def flush(self, *, consumer: int) -> None:
-        """Write everything that is here.
+        Args:
+            is_quiet: Whether nothing else runs that could share its statement.
+        """
+        if self._outcomes and (self.is_urgent or is_quiet):
+            return 0.0
+        moments = [self._oldest_at + FLUSH_SECONDS] if self._outcomes else []
+        if self._aside:
+            moments.append(self._aside_until)
+        return min(moments) - monotonic() if moments else None
+
+    def is_due(self, *, is_quiet: bool) -> bool:
+        """Whether to flush now; see :meth:`seconds_until_due`."""
+        due = self.seconds_until_due(is_quiet=is_quiet)
+        return due is not None and due <= 0
+
+    def flush(self, *, consumer: int, is_last: bool = False) -> None:
+        """Write everything that is here, unless it stepped aside a moment ago.
+
+        Args:
+            consumer: The consumer's id.
+            is_last: Try what stepped aside as well.
 
         Raises:
             Error: If the database is away; what was not written stays.
         """
         self.is_urgent = False
+        if self._aside and (is_last or monotonic() >= self._aside_until):
+            self._outcomes.extendleft(reversed(self._aside))
+            self._aside = []
+        locks = 0
         while self._outcomes:
-            batch = [self._outcomes.popleft() for _ in range(min(len(self._outcomes), BATCH_SIZE))]
+            batch = self._next_batch()
             try:
                 self._settle_batch(batch, consumer)
-            except BaseException:
-                self._outcomes.extendleft(
-                    outcome for outcome in reversed(batch) if outcome.claim in self._unsettled
-                )
-                raise
+            except BaseException as error:
+                self._put_back(batch)
+                if self._database.is_busy(error):
+                    raise
+                if not self._database.is_conflict(error):
+                    # It may have been the batch that broke the connection, by its length.
+                    self._limit = max(len(batch) // 2, 1)
+                    self._failures += 1
+                    raise
+                locks += 1
+                self._yield_to_lock(batch, locks)
+            else:
+                self._failures = 0
+                self._limit = 1 if locks else BATCH_SIZE
+        self._limit = BATCH_SIZE
+        if not self._aside:
+            self._aside_pause = _ASIDE_SECONDS_MIN
+
+    def _put_back(self, batch: list[Outcome]) -> None:
+        self._outcomes.extendleft(
+            outcome for outcome in reversed(batch) if outcome.claim.key in self._unsettled
+        )
+
+    def _yield_to_lock(self, batch: list[Outcome], locks: int) -> None:
+        """Find out whose row another session has locked, and let those behind it pass."""
+        self._limit = 1
+        if locks > _LOCKS_MAX:
+            self._step_aside(len(self._outcomes))
+        elif len(batch) == 1:
+            self._step_aside(1)
+
+    def _step_aside(self, count: int) -> None:
+        """Let those behind the first ``count`` outcomes pass."""
+        if not self._aside:
+            logger.warning(
+                "Outcomes wait because another session has locked their rows; they are tried "
+                "again in %.0fs",
+                self._aside_pause,
+            )
+            self._aside_until = monotonic() + self._aside_pause
+            self._aside_pause = min(self._aside_pause * 2, _ASIDE_SECONDS_MAX)
+        self._aside += [self._outcomes.popleft() for _ in range(count)]
+
+    def _next_batch(self) -> list[Outcome]:
+        batch = [self._outcomes.popleft()]
+        length = len(batch[0].returned or "")
+        while self._outcomes and len(batch) < self._limit:
+            length += len(self._outcomes[0].returned or "")
+            if length > STATEMENT_BYTES_MAX:
+                break
+            batch.append(self._outcomes.popleft())
+        return batch
 
     def _settle_batch(self, batch: list[Outcome], consumer: int) -> None:
-        self._unsettled = {outcome.claim for outcome in batch}
+        self._unsettled = {outcome.claim.key for outcome in batch}
         returned = [outcome for outcome in batch if outcome.error is None]
         if returned:
             self._complete(returned, consumer)
-        for outcome in batch:
-            if outcome.error is not None:
+        others = [outcome for outcome in batch if outcome.error is not None]
+        if len(others) > 1:
+            self._settle_together(others, consumer)
+        elif others:
+            # One statement fewer.
+            self._settle(others[0], consumer)
+
+    def _settle_together(self, outcomes: list[Outcome], consumer: int) -> None:
+        """Write what is no plain success: a COMMIT for each would take long after a shutdown."""
+        max_rescues = get_settings().MAX_RESCUES
+        settlements = [decide(outcome, max_rescues=max_rescues) for outcome in outcomes]
+        try:
+            held = lifecycle.settle_many(settlements, using=self._using, consumer=consumer)
+        except Exception as error:
+            if self._may_pass(error):
+                raise
+            for outcome in outcomes:
                 self._settle(outcome, consumer)
+            return
+        are_held = {settlement.claim.key for settlement in held}
+        for settlement in settlements:
+            if settlement.claim.key in are_held:
+                self._done(settlement.claim, settlement)
+            else:
+                self._lost(settlement.claim, fencing.lease_lost(settlement.claim))
 
     def _complete(self, outcomes: list[Outcome], consumer: int) -> None:
         completions = [
-            Completion(o.claim.id, o.claim.fence, o.duration, o.returned or "") for o in outcomes
+            Completion(o.claim.id, o.claim.fence, o.duration, o.returned or "", o.claim.is_limited)
+            for o in outcomes
         ]
         try:
             missed = lifecycle.complete_many(completions, using=self._using)
         except Exception as error:
-            if isinstance(error, Error) and self._database.is_lost(error):
+            if self._may_pass(error):
                 raise
             # One of them cannot be stored; find out which, and let it fail alone.
             for outcome in outcomes:
@@ -107,10 +210,10 @@ class Settler:
             return
         lost = {(c.id, c.fence) for c in missed}
         for outcome in outcomes:
-            if (outcome.claim.id, outcome.claim.fence) in lost:
-                self._lost(outcome.claim, lifecycle.lease_lost(outcome.claim))
+            if lost and outcome.claim.key in lost:
+                self._lost(outcome.claim, fencing.lease_lost(outcome.claim))
             else:
-                self._unsettled.discard(outcome.claim)
+                self._unsettled.discard(outcome.claim.key)
                 log_completed(outcome.claim, outcome.duration)
                 self._on_settled(outcome.claim, None)
 
@@ -123,7 +226,7 @@ class Settler:
             self._lost(outcome.claim, event)
             return
         except Exception as error:
-            if isinstance(error, Error) and self._database.is_lost(error):
+            if self._may_pass(error):
                 raise
             # What cannot be stored must not keep everything behind it from being settled.
             logger.exception("Settling task %s failed; storing the kind of error only", claim.id)
@@ -137,15 +240,25 @@ class Settler:
                 return
         self._done(outcome.claim, settlement)
 
+    def _may_pass(self, error: Exception) -> bool:
+        """Whether the same outcome may be stored later: nothing is wrong with itself."""
+        if not isinstance(error, Error) or isinstance(error, DataError | IntegrityError):
+            return False
+        if self._database.is_busy(error) or self._database.is_conflict(error):
+            return True
+        # A server that lets us connect and breaks the connection over one outcome, each
+        # time, will never take it.
+        return self._failures < _TRIES_MAX or self._limit > 1
+
     def _lost(self, claim: Claim, event: LeaseLost) -> None:
-        self._unsettled.discard(claim)
         # No row matched: another consumer has it, or the answer of our own earlier
         # statement never arrived.
-        if not lifecycle.was_settled(claim, using=self._using):
+        if not fencing.was_settled(claim, using=self._using):
             log_lease_lost(claim, event)
+        self._unsettled.discard(claim.key)
         self._on_settled(claim, None)
 
     def _done(self, claim: Claim, settlement: Settlement) -> None:
-        self._unsettled.discard(claim)
+        self._unsettled.discard(claim.key)
         log_settled(settlement)
         self._on_settled(claim, settlement)

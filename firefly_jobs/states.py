@@ -34,8 +34,10 @@ TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.CREATED: frozenset({Status.RUNNING, Status.BLOCKED, Status.CANCELLED}),
     Status.BLOCKED: frozenset({Status.CREATED, Status.CANCELLED}),
-    # Back to created: a retry, a snooze, a release, a rescue.
-    Status.RUNNING: frozenset({Status.CREATED, Status.COMPLETED, Status.FAILED, Status.CANCELLED}),
+    # Back to created: a retry, a snooze, a release, a rescue.  Blocked: a limit is reached.
+    Status.RUNNING: frozenset(
+        {Status.CREATED, Status.BLOCKED, Status.COMPLETED, Status.FAILED, Status.CANCELLED}
+    ),
     Status.COMPLETED: frozenset(),
     # Only a person brings an ended row back.
     Status.FAILED: frozenset({Status.CREATED}),

@@ -16,7 +16,6 @@ no wrapper).  Touched calls are settled in their own transaction; see ``lifecycl
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -26,14 +25,10 @@ from django.db import Error, connections, transaction
 
 from . import databases
 from .checkpoints import reach
-from .exceptions import CommitUncertain, StopRequested, TransactionDoomedError
+from .exceptions import CommitUncertain, LeavesGroup, TransactionDoomedError
+from .wakeup import Announcement
 
 logger = logging.getLogger("firefly_jobs")
-
-# A call that ends its transaction by a statement, where the driver would not notice.
-_ENDS = re.compile(
-    r"\s*(?:COMMIT|END|ABORT|ROLLBACK(?!\s+(?:WORK\s+|TRANSACTION\s+)?TO\b))\b", re.IGNORECASE
-)
 
 
 class CallTransaction:
@@ -55,16 +50,26 @@ class CallTransaction:
         self._connection: Any = None
         self._prepared: Any = None
         self._block: Any = None
-        self._is_call = False
+        self._is_call = self._is_lost = False
         self._seen = False
         self._seen_elsewhere = False
-        self._is_ready = self._has_ended = False
+        self._is_ready = False
+        self._has_effects = self._has_savepoint = False
+        self._is_torn = False
+        self._callbacks_before = 0
         self._use_connection()
+        # This thread's own, remembered because asking Django for them costs each call 3 us.
+        self._others: list[Any] = []
         for alias in connections:
             if alias != using:
                 # An alias that cannot be used at all cannot be touched either.
                 with suppress(ImproperlyConfigured):
-                    connections[alias].execute_wrappers.append(self._observe_elsewhere)
+                    self._others.append(self._watched(alias))
+
+    def _watched(self, alias: str) -> Any:
+        connection = connections[alias]
+        connection.execute_wrappers.append(self._observe_elsewhere)
+        return connection
 
     def _use_connection(self) -> None:
         self._connection = connections[self.using]
@@ -76,16 +81,15 @@ class CallTransaction:
 
     def begin(self, *, atomic: bool) -> None:
         """Get ready for a call; with ``atomic`` inside an entered, unbegun transaction."""
-        self._is_call = False
-        if self._prepared is not None and self._prepared_for != self._owner():
+        self._is_call = self._is_lost = False
+        is_torn, self._is_torn = self._is_torn, False
+        if is_torn or (self._prepared is not None and self._prepared_for != self._owner()):
             self.abandon()
         if self._connection.savepoint_ids or len(self._connection.atomic_blocks) > 1:
             # The last call entered a block that it never left.
             self.abandon()
         self._abandon_what_was_left_open()
-        for connection in connections.all(initialized_only=True):
-            if connection is not self._connection and connection.errors_occurred:
-                connection.close_if_unusable_or_obsolete()
+        self._tidy_other_aliases(are_torn=is_torn)
         if not atomic:
             self.leave()
         elif self._block is None:
@@ -94,7 +98,9 @@ class CallTransaction:
         self._connection.needs_rollback = False
         if atomic:
             self._session.begin()
-        self._seen = self._seen_elsewhere = self._is_ready = self._has_ended = False
+        self._seen = self._seen_elsewhere = self._is_ready = False
+        self._has_effects = self._has_savepoint = False
+        self._callbacks_before = 0
         self._is_call = atomic
 
     @property
@@ -103,10 +109,15 @@ class CallTransaction:
         return (
             self._seen
             or self._seen_elsewhere
-            or bool(self._connection.run_on_commit)
+            or len(self._connection.run_on_commit) > self._callbacks_before
             or self._connection.needs_rollback
             or (self._is_call and self._session.is_touched())
         )
+
+    @property
+    def is_touched_elsewhere(self) -> bool:
+        """Whether the call has sent a statement on another alias."""
+        return self._seen_elsewhere
 
     def commit(self, settle: Callable[[], None]) -> None:
         """Settle and commit; then run the call's ``on_commit`` callbacks.
@@ -118,7 +129,7 @@ class CallTransaction:
             TransactionDoomedError: If the effects are gone already, or marked to go.
             CommitUncertain: If the connection broke and the server may have committed.
         """
-        self._refuse_if_doomed()
+        self.refuse_if_doomed()
         settle()
         callbacks = self._connection.run_on_commit
         self._connection.run_on_commit = []
@@ -130,11 +141,25 @@ class CallTransaction:
             raise
         self._is_call = False
         reach("settled")
-        if callbacks:
+        # Announcements hand over a name and send nothing, so the block need not be left.
+        if any(not isinstance(callback, Announcement) for _, callback, _ in callbacks):
             self.leave()
-            run_callbacks(callbacks)
+        run_callbacks(callbacks)
 
-    def _refuse_if_doomed(self) -> None:
+    @property
+    def has_set_state(self) -> bool:
+        """Whether the call set what would hold for others in its transaction as well."""
+        return self._session.has_set_state
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether the call was kept from ending a transaction that it shares with others."""
+        return self._session.has_refused
+
+    def refuse_if_doomed(self) -> None:
+        """Raise ``TransactionDoomedError`` if the call's effects are gone, or marked to go."""
+        if self._session.has_refused:
+            raise LeavesGroup
         if self._connection.closed_in_transaction:
             message = "The task closed its own database connection, so its effects are gone."
             raise TransactionDoomedError(message)
@@ -146,7 +171,7 @@ class CallTransaction:
             )
             raise TransactionDoomedError(message)
         is_gone = (self._seen or self._session.is_touched()) and self._session.is_gone()
-        if is_gone or self._has_ended:
+        if is_gone:
             message = (
                 "The task returned, but the database had already rolled back its transaction, or "
                 "the task had ended it, so its effects are gone. A deadlock does that, even if "
@@ -155,13 +180,20 @@ class CallTransaction:
             raise TransactionDoomedError(message)
 
     def rollback(self) -> bool:
-        """Undo what the call did; return whether the connection is still usable."""
+        """Undo what the call did; return whether the connection was still usable.
+
+        Asked again before the next call begins, it answers the same.  One that
+        :meth:`interrupt` has torn is no fault of the server's, and counts as usable.
+        """
         was_call, self._is_call = self._is_call, False
+        if self._is_lost:
+            return False
         if not was_call:
             self._abandon_what_was_left_open()
             if self._connection.errors_occurred and not self.database.is_usable(self._connection):
                 self.abandon()
-                return False
+                self._is_lost = not self._is_torn
+                return self._is_torn
             return True
         try:
             if self._connection.closed_in_transaction:
@@ -171,7 +203,46 @@ class CallTransaction:
                 self._session.rollback()
         except Error:
             self.abandon()
+            self._is_lost = not self._is_torn
+            return self._is_torn
+        return True
+
+    # --- several calls in one transaction
+
+    def begin_member(self) -> None:
+        """Get ready for a call that shares the transaction with those before it.
+
+        What they did is kept by a savepoint.  It is set before the call, not at its first
+        statement as :meth:`begin` would have it, because the statements of a raw cursor
+        are not seen, and must be undone with the rest.
+        """
+        self._has_effects = self._has_effects or self.is_touched
+        self._seen = self._seen_elsewhere = False
+        self._callbacks_before = len(self._connection.run_on_commit)
+        if self._has_effects:
+            self._session.savepoint(is_first=not self._has_savepoint)
+            self._has_savepoint = True
+
+    def rollback_member(self) -> bool:
+        """Undo the last call only; return whether that was possible."""
+        connection = self._connection
+        if not self._has_effects:
+            # Nobody else's effects are in the transaction, so it ends, and another begins.
+            try:
+                if self.rollback():
+                    self.begin(atomic=True)
+                    return True
+            except Error:
+                logger.debug("The transaction of a group could not begin again", exc_info=True)
             return False
+        if connection.closed_in_transaction or connection.savepoint_ids:
+            return False
+        try:
+            self._session.rollback_to_savepoint()
+        except Error:
+            return False
+        connection.needs_rollback = False
+        connection.run_on_commit = connection.run_on_commit[: self._callbacks_before]
         return True
 
     # --- the block around them
@@ -208,6 +279,21 @@ class CallTransaction:
         except Error:
             self.abandon()
 
+    def _tidy_other_aliases(self, *, are_torn: bool) -> None:
+        """Drop connections that the last call broke, or left a transaction open on."""
+        for place, connection in enumerate(self._others):
+            is_open = connection.in_atomic_block or (
+                connection.connection is not None
+                and connection.autocommit != connection.settings_dict["AUTOCOMMIT"]
+            )
+            if is_open or are_torn:
+                with suppress(Error):
+                    connection.close()
+                del connections[connection.alias]
+                self._others[place] = self._watched(connection.alias)
+            elif connection.errors_occurred:
+                connection.close_if_unusable_or_obsolete()
+
     def _abandon_what_was_left_open(self) -> None:
         """Drop a transaction that is not ours: a call without one had begun its own."""
         connection = self._connection
@@ -226,18 +312,33 @@ class CallTransaction:
         self._prepared = None
         self._use_connection()
 
-    def interrupt(self) -> None:
-        """End a running statement, from another thread, where the driver can."""
-        if self._connection.connection is not None:
+    def interrupt(self, *, may_connect: bool = False) -> None:
+        """End a running statement, from another thread, where driver or server can.
+
+        An exception was raised inside the call at the same time, maybe in the midst of the
+        driver's work, and a server may be slow to act: so the next call gets a connection
+        of its own.
+
+        Args:
+            may_connect: Whether to ask the server through another connection, which may
+                take a moment.
+        """
+        self._is_torn = True
+        # The lane may drop its connection at the same moment.
+        with suppress(AttributeError, Error):
             self._session.interrupt()
+            if may_connect:
+                self._session.cancel(self._prepared_for)
 
     def break_off(self) -> None:
         """From another thread: free what a call that cannot be interrupted holds."""
-        if self._connection.connection is not None:
+        with suppress(AttributeError, Error):
             self._session.break_off()
 
     def close(self) -> None:
         """End what is open and close every connection of this thread."""
+        if self._is_call:
+            self.abandon()
         self.leave()
         connections.close_all()
 
@@ -247,11 +348,12 @@ class CallTransaction:
         self, execute: Callable[..., Any], sql: Any, params: Any, many: bool, context: Any
     ) -> Any:
         self._seen = True
-        if isinstance(sql, str) and _ENDS.match(sql):
-            self._has_ended = True
-        if self._is_call and not self._is_ready:
-            self._session.before_statement()
-            self._is_ready = True
+        if self._is_call:
+            if not self._is_ready:
+                self._session.before_statement()
+                self._is_ready = True
+            if isinstance(sql, str):
+                self._session.observe(sql)
         return execute(sql, params, many, context)
 
     def _observe_elsewhere(
@@ -270,8 +372,6 @@ def run_callbacks(callbacks: list[Any]) -> None:
     for _, callback, _ in callbacks:
         try:
             callback()
-        except StopRequested:
-            raise
         except BaseException:
             # User code, after the commit: nothing that it raises may change the outcome
             # or keep the next callback from running.

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import django
+
 from testproject.databases import database_from_url
 
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -69,6 +71,10 @@ TIME_ZONE = "Europe/Oslo"
 LANGUAGE_CODE = "en-us"
 STATIC_URL = "static/"
 LOGIN_URL = "admin:login"
+
+if django.VERSION >= (6, 1):
+    # Django's own default, which it wants to be told from then on.
+    MAILERS = {"default": {"BACKEND": "django.core.mail.backends.smtp.EmailBackend"}}
 
 FIREFLY_JOBS: dict[str, Any] = {}
 

@@ -2,8 +2,9 @@
 
 They run at the same time and are shown one after the other, so that the last
 lines are pytest's own.  With ``REQUIRE_DATABASES=1`` a database
-that does not answer is a failure.  ``TEST_POSTGRESQL_URL`` and ``TEST_MYSQL_URL``
-name other servers, or another database name for a second run at the same time.
+or a broker that does not answer is a failure.  ``TEST_POSTGRESQL_URL`` and ``TEST_MYSQL_URL``
+name other servers, or another database name for a second run at the same time;
+``TEST_REDIS_URL`` and ``TEST_RABBITMQ_URL`` other brokers.
 Arguments go to pytest.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from testproject.databases import database_from_url
+from tests.support import brokers
 
 # pytest's exit code for "no tests collected": with arguments such as '-m mysql' no failure.
 NOTHING_TO_RUN = 5
@@ -116,8 +118,13 @@ def main(arguments: list[str]) -> int:
         print(f"Left out {target.name}: {reason}", flush=True)
         if os.environ.get("REQUIRE_DATABASES") == "1":
             failures.append(1)
+    for broker in brokers.BROKERS:
+        if reason := brokers.why_unreachable(broker):
+            print(f"Left out what needs {broker.name}: {reason}", flush=True)
+            if os.environ.get("REQUIRE_DATABASES") == "1":
+                failures.append(1)
     if failures:
-        print("REQUIRE_DATABASES=1, so a database left out is a failure.", flush=True)
+        print("REQUIRE_DATABASES=1, so what is left out is a failure.", flush=True)
     ignored = {0, NOTHING_TO_RUN} if arguments else {0}
     failures += [code for code in run_all(reachable, arguments) if code not in ignored]
     return failures[0] if failures else 0

@@ -8,6 +8,7 @@ something is missing on this machine.
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from django.conf import settings
 from django.db import connections
 from pytest_django.plugin import DjangoDbBlocker
 
+from tests.support import flushing
+from tests.support.brokers import BROKERS, Broker, why_unreachable
 from tests.support.consumer_process import ConsumerProcess, ManageProcess
 from tests.support.servers import SERVERS, PrivateServer, ServerMissingError
 from tests.support.tcp_proxy import TcpProxy
@@ -27,12 +30,21 @@ VENDOR: str = settings.DATABASES["default"]["ENGINE"].rsplit(".", 1)[1].removesu
 hypothesis.settings.register_profile("firefly", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("firefly")
 
+flushing.install()
+
 # True or false without a database server, so once is enough.
 ONCE = {"unit", "docs", "typing"}
+
+# Fixtures that start commands of the project.
+PROCESSES = {"start_manage", "start_consumer"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what does not concern the database of this run."""
+    for item in items:
+        if PROCESSES & set(getattr(item, "fixturenames", ())):
+            # Some of Django's checks connect to every alias when a command starts.
+            item.add_marker(pytest.mark.django_db(transaction=True, databases=["default", "other"]))
     selected = [item for item in items if _concerns_this_database(item)]
     if len(selected) < len(items):
         kept = set(selected)
@@ -45,12 +57,20 @@ def _concerns_this_database(item: pytest.Item) -> bool:
         return False
     if VENDOR == "sqlite" and item.get_closest_marker("server") is not None:
         return False
+    for broker in BROKERS:
+        if item.get_closest_marker(broker.marker) is not None and _is_missing(broker):
+            return False
     vendors = {
         vendor
         for vendor in ("sqlite", "postgresql", "mysql")
         if item.get_closest_marker(vendor) is not None
     }
     return not vendors or VENDOR in vendors
+
+
+@cache
+def _is_missing(broker: Broker) -> bool:
+    return os.environ.get("REQUIRE_DATABASES") != "1" and why_unreachable(broker) is not None
 
 
 def _folders(path: Path) -> tuple[str, ...]:

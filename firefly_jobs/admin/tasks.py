@@ -22,7 +22,7 @@ from django.utils.translation import ngettext
 from firefly_jobs import lifecycle, registry
 from firefly_jobs.autodiscovery import import_tasks
 from firefly_jobs.models import TaskModel
-from firefly_jobs.states import Status
+from firefly_jobs.states import TERMINAL, Status
 
 from .presentation import NOTHING, as_call, brief_moment, moment, short_repr, shown, span, span_of
 from .rows import (
@@ -135,7 +135,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
         """Allow to delete an ended task; deleting many is the job of a command."""
         return (
             obj is not None
-            and Status(obj.status).is_terminal
+            and obj.status in TERMINAL
             and admin.ModelAdmin.has_delete_permission(self, request, obj)
         )
 

@@ -8,7 +8,17 @@ from importlib import import_module
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
-from .base import Completion, Database, Problem, Session
+from .base import (
+    ALL_BANDS,
+    EXTRA_COLUMNS,
+    INSERT_COLUMNS,
+    STATEMENT_BYTES_MAX,
+    Completion,
+    Database,
+    Problem,
+)
+from .notices import ANY_QUEUE, ANY_TASK, ROLL_CALL, Channel, Notice, Subscription
+from .sessions import Session
 
 _CLASSES = {
     "postgresql": ("postgresql", "PostgreSQL"),
@@ -16,7 +26,25 @@ _CLASSES = {
     "sqlite": ("sqlite", "SQLite"),
 }
 
-__all__ = ["Completion", "Database", "Problem", "Session", "is_supported", "of"]
+__all__ = [
+    "ALL_BANDS",
+    "ANY_QUEUE",
+    "ANY_TASK",
+    "EXTRA_COLUMNS",
+    "INSERT_COLUMNS",
+    "ROLL_CALL",
+    "STATEMENT_BYTES_MAX",
+    "Channel",
+    "Completion",
+    "Database",
+    "Notice",
+    "Problem",
+    "Session",
+    "Subscription",
+    "is_supported",
+    "leave_pools",
+    "of",
+]
 
 
 def of(alias: str) -> Database:
@@ -26,6 +54,16 @@ def of(alias: str) -> Database:
         ImproperlyConfigured: If it is of a kind this app does not run on.
     """
     return _make(connections[alias].vendor)
+
+
+def leave_pools() -> None:
+    """Make every connection that this process opens from now on its own.
+
+    Called before the first connecting, which would fill the pools.
+    """
+    for connection in connections.all():
+        if connection.vendor in _CLASSES:
+            of(connection.alias).leave_pool(connection)
 
 
 def is_supported(alias: str) -> bool:

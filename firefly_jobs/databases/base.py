@@ -1,30 +1,59 @@
 """What every database has to be able to do, and the answers most of them share.
 
 :class:`Database` holds the statements that run once per task or more often; the ORM
-does the rest.  :class:`Session` knows one connection's transaction: whether a call
-touched it, and whether it is still there.  Vendors override only what differs.  This
-package is the only home of vendor SQL: elsewhere ask a method or a flag, never
-``connection.vendor``.
+does the rest.  What is to know about one connection's transaction stands in ``sessions``.
+Vendors override only what differs.  This package is the only home of vendor SQL:
+elsewhere ask a method or a flag, never ``connection.vendor``.
 
-To add a database: subclass both, name them in ``databases/__init__.py``, and run
-``tests/conformance`` against it.
+To add a database: subclass it and :class:`Session`, name it in ``databases/__init__.py``,
+and run ``tests/conformance`` against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
 from django.db import Error, InterfaceError, transaction
+from django.db.models.sql import Query
 
 from firefly_jobs.attempts import Claim
+from firefly_jobs.priorities import Band
+
+from .functions import SecondsFromNow
+from .notices import Channel, Notice, Subscription
+from .sessions import Session
 
 TABLE = "firefly_jobs_taskmodel"
+# Rows written by hand may have priorities that no option takes.
+ALL_BANDS: tuple[Band, ...] = ((-32_768, 32_766),)
 CLAIM_COLUMNS = (
     "id, fence, func_name, queue, priority, run_at, params, "
-    "retry_attempts, max_retries, retry_delay, retry, rescues, lost_alone"
+    "retry_attempts, max_retries, retry_delay, retry, rescues, lost_alone, "
+    "time_limit, memory_limit"
 )
+
+# Whether a row has to be admitted once it is claimed.
+IS_LIMITED = "COALESCE(concurrency_key, rate_key, limit_key) IS NOT NULL"
+
+# How long the dispatcher waits for a lock: it answers signals and hands out work meanwhile.
+DISPATCHER_LOCK_SECONDS = 1
+# How long a server may take to end a statement on request.
+CANCEL_SECONDS = 2
+# Servers bound the length of a statement: MariaDB's max_allowed_packet is 16 MiB.
+STATEMENT_BYTES_MAX = 4 * 1024 * 1024
+
+# What a scheduler says about a new row; the rest of it is the same for all.
+INSERT_COLUMNS = "func_name, queue, priority, not_before, params, retry_delay, max_retries, retry"
+# And what few of them say: named in an INSERT only if one of its rows does.
+EXTRA_COLUMNS = (
+    "unique_key, active_key, expires_at, time_limit, memory_limit, "
+    "label, description, metadata, tags, concurrency_key, max_concurrent, rate_key, rate_limit"
+)
+NEW_COLUMNS = "status, retry_attempts, fence, rescues, lost_alone"
+NEW_VALUES = "'created', 0, 0, 0, 0"
 
 
 class Completion(NamedTuple):
@@ -34,6 +63,7 @@ class Completion(NamedTuple):
     fence: int
     duration: float
     returned: str
+    is_limited: bool = False
 
 
 class Problem(NamedTuple):
@@ -42,84 +72,6 @@ class Problem(NamedTuple):
     id: str
     message: str
     hint: str
-
-
-class Session:
-    """The state of the transaction on one connection, as far as the driver tells.
-
-    A lane has one.  ``begin`` is called before each call, inside an entered ``atomic``
-    block; ``before_statement`` at the call's first statement.
-    """
-
-    _is_call = False
-    _ended = False
-    _watched: Any = None
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-
-    def opening(self) -> AbstractContextManager[Any]:
-        """Return the context in which ``atomic`` is entered."""
-        return nullcontext()
-
-    def begin(self) -> None:
-        """Prepare for a call; sends nothing that holds a lock or a snapshot."""
-        driver = self.connection.connection
-        if driver is not self._watched:
-            self.watch(driver)
-            self._watched = driver
-        self._ended = False
-        self._is_call = True
-
-    def watch(self, driver: Any) -> None:
-        """Notice when a call ends the transaction itself, on the driver's connection."""
-        driver.commit = self._ending(driver.commit)
-        driver.rollback = self._ending(driver.rollback)
-
-    def _ending(self, end: Callable[[], None]) -> Callable[[], None]:
-        def watched() -> None:
-            if self._is_call:
-                self._ended = True
-            end()
-
-        return watched
-
-    def before_statement(self) -> None:
-        """Prepare for the first statement of a call."""
-
-    def is_touched(self) -> bool:
-        """Whether the driver saw a statement since :meth:`begin`, by whatever way."""
-        raise NotImplementedError
-
-    def is_gone(self) -> bool:
-        """Whether a touched transaction was ended behind Django's back."""
-        raise NotImplementedError
-
-    def commit(self) -> None:
-        """Commit what the call did; the ``atomic`` block stays entered for the next call."""
-        self._is_call = False
-        with self.connection.wrap_database_errors:
-            self.connection.connection.commit()
-
-    def rollback(self) -> None:
-        """Undo what the call did; the ``atomic`` block stays entered for the next call."""
-        self._is_call = False
-        with self.connection.wrap_database_errors:
-            self.connection.connection.rollback()
-
-    def interrupt(self) -> None:
-        """End a running statement, from another thread, where the driver can."""
-
-    def end(self) -> None:
-        """Forget the call: what follows on the connection is not its doing."""
-        self._is_call = False
-
-    def break_off(self) -> None:
-        """Free what the transaction of a call that cannot be interrupted holds here.
-
-        Called from another thread, as the last thing before the process ends; the call
-        must not be able to use the connection afterwards.
-        """
 
 
 class Database:
@@ -132,35 +84,125 @@ class Database:
     # Whether dead entries at the front of the claim index cost every claim, so that
     # a low-water mark pays.
     needs_low_water_mark: ClassVar[bool] = False
+    # Whether the highest priority can be found within the claim, where a round trip counts.
+    can_claim_highest: ClassVar[bool] = False
+    # Whether one session can tell another that rows are due.
+    can_notify: ClassVar[bool] = False
 
     now: ClassVar[str] = ""
+    # The seconds from now until a moment, as a number; its column stands for {}.
+    until: ClassVar[str] = ""
 
     def __init__(self) -> None:
+        self.claimed = f"{CLAIM_COLUMNS}, {IS_LIMITED}, {self.until.format('expires_at')}"
         self.complete_sql = (
             f"UPDATE {TABLE} SET status = 'completed', completed = {self.now}, failed = NULL, "  # noqa: S608 - only our own names are formatted in
-            f"duration = %s, returned = %s, error = '' "
+            f"duration = %s, returned = %s, error = '', active_key = NULL, limit_key = NULL "
             f"WHERE id = %s AND status = 'running' AND fence = %s"
         )
 
+    # --- scheduling
+
+    # Rows per statement when many are written at once.
+    insert_batch_size: ClassVar[int] = 1_000
+
+    def insert(
+        self, connection: Any, rows: Sequence[tuple[Any, ...]], *, columns: str = INSERT_COLUMNS
+    ) -> list[int]:
+        """Insert new rows with one statement and return their ids, in the same order.
+
+        Args:
+            connection: Where.
+            rows: Values of ``columns``: what the database takes, moments as aware datetimes,
+                or as ``SecondsFromNow``.
+            columns: ``INSERT_COLUMNS``, with ``EXTRA_COLUMNS`` behind them if need be.
+        """
+        sql, values = self._insert_sql(connection, rows, columns)
+        with connection.cursor() as cursor:
+            cursor.execute(f"{sql}{self.returning_id(connection)}", values)
+            return self.inserted_ids(connection, cursor, len(rows))
+
+    def _insert_sql(
+        self, connection: Any, rows: Sequence[tuple[Any, ...]], columns: str
+    ) -> tuple[str, list[Any]]:
+        adapt = connection.ops.adapt_datetimefield_value
+        values = [
+            adapt(value) if isinstance(value, datetime) else value for row in rows for value in row
+        ]
+        width = columns.count(",") + 1
+        marks = ["%s"] * width
+        one = f"({', '.join(marks)}, {NEW_VALUES})"
+        every = [one] * len(rows)
+        if width > INSERT_COLUMNS.count(",") + 1:
+            compiler = Query(None).get_compiler(connection=connection)
+            for place, value in enumerate(values):
+                if isinstance(value, SecondsFromNow):
+                    sql, (values[place],) = compiler.compile(value)
+                    row, column = divmod(place, width)
+                    own = [*marks[:column], sql, *marks[column + 1 :]]
+                    every[row] = f"({', '.join(own)}, {NEW_VALUES})"
+        sql = f"INSERT INTO {TABLE} ({columns}, {NEW_COLUMNS}) VALUES {', '.join(every)}"  # noqa: S608 - only our own names are formatted in
+        return sql, values
+
+    def insert_unless_taken(
+        self, connection: Any, rows: Sequence[tuple[Any, ...]], *, columns: str
+    ) -> list[int | None]:
+        """Insert rows whose keys differ; return their ids, ``None`` where a key was taken.
+
+        Whoever else is about to take one of the keys is waited for.  A key that is taken is
+        no error of the caller's transaction.
+
+        Args:
+            connection: Where.
+            rows: As for :meth:`insert`.
+            columns: As for :meth:`insert`, ``active_key`` among them.
+        """
+        sql, values = self._insert_sql(connection, rows, columns)
+        place = columns.split(", ").index("active_key")
+        with connection.cursor() as cursor:
+            cursor.execute(f"{sql} ON CONFLICT DO NOTHING RETURNING active_key, id", values)
+            ids = dict(cursor.fetchall())
+        return [ids.get(row[place]) for row in rows]
+
+    def holder(self, connection: Any, key: str) -> int | None:
+        """Return the id of the row that has a key, though a snapshot may not show it."""
+        with connection.cursor() as cursor:
+            cursor.execute(f"SELECT id FROM {TABLE} WHERE active_key = %s", [key])  # noqa: S608 - only our own names are formatted in
+            row = cursor.fetchone()
+        return None if row is None else int(row[0])
+
+    def returning_id(self, connection: Any) -> str:  # noqa: ARG002 - not everywhere
+        """Return the clause that makes an INSERT tell the ids, if there is one."""
+        return " RETURNING id"
+
+    def inserted_ids(self, connection: Any, cursor: Any, count: int) -> list[int]:  # noqa: ARG002 - not everywhere
+        """Return the ids of the rows just inserted."""
+        return [pk for (pk,) in cursor.fetchall()]
+
     # --- claiming
 
-    def priorities(self, connection: Any, queue: str) -> list[int]:
-        """Return the priorities that rows of ``queue`` wait at, highest first.
+    def priorities(
+        self, connection: Any, queue: str, bands: Sequence[Band] = ALL_BANDS
+    ) -> list[int]:
+        """Return the priorities within ``bands`` that rows of ``queue`` wait at, highest first.
 
         Each is one look-up in the claim index, so a million rows at one priority cost
-        as much as one; there are at most 201.
+        as much as one, and those of other bands nothing; there are at most 201.
         """
+        return [n for band in bands for n in self._priorities(connection, queue, *band)]
+
+    def _priorities(self, connection: Any, queue: str, low: int, high: int) -> list[int]:
         found: list[int] = []
         with connection.cursor() as cursor:
             while True:
-                below = found[-1] if found else 32767
+                below = found[-1] if found else high + 1
                 cursor.execute(
                     f"SELECT MAX(priority) FROM {TABLE} "  # noqa: S608 - only our own names are formatted in
                     f"WHERE status = 'created' AND queue = %s AND priority < %s",
                     [queue, below],
                 )
                 (highest,) = cursor.fetchone()
-                if highest is None:
+                if highest is None or highest < low:
                     return found
                 found.append(highest)
 
@@ -183,7 +225,7 @@ class Database:
         connection: Any,
         *,
         queue: str,
-        priority: int,
+        priority: int | None,
         limit: int,
         consumer: int,
         not_below: Any = None,
@@ -193,7 +235,8 @@ class Database:
         Args:
             connection: Where; not inside a transaction.
             queue: The queue's name.
-            priority: The one priority of the range.
+            priority: The one priority of the range; ``None``, where ``can_claim_highest``, for
+                the highest that any row of the queue waits at.
             limit: How many at most.
             consumer: Who claims; its ``ConsumerModel`` id.
             not_below: The ``run_at`` of a claim; nothing is looked for that was due more than
@@ -203,6 +246,37 @@ class Database:
             The claimed rows in order of ``run_at``, ``id``.
         """
         raise NotImplementedError
+
+    def seconds_until_due(self, connection: Any, queue: str, priority: int) -> float | None:
+        """Return how long the first row of one range has to wait; ``None`` if there is none.
+
+        Zero or less: one is due, but was not there, or was locked, when it was claimed.
+        """
+        with connection.cursor() as cursor:
+            cursor.execute(
+                f"SELECT {self.until.format('run_at')} FROM {TABLE} WHERE status = 'created' "  # noqa: S608 - only our own names are formatted in
+                f"AND queue = %s AND priority = %s ORDER BY run_at, id LIMIT 1",
+                [queue, priority],
+            )
+            row = cursor.fetchone()
+        return None if row is None else float(row[0])
+
+    # --- waking up
+
+    def notify(self, connection: Any, notices: Sequence[Notice]) -> None:
+        """Tell listening sessions, in one statement; where ``can_notify``."""
+        raise NotImplementedError
+
+    def listen(self, connection: Any, channels: Sequence[Channel]) -> Subscription | None:  # noqa: ARG002 - where possible
+        """Hear on ``connection`` what others announce; ``None`` if it cannot be heard there."""
+        return None
+
+    def data_version(self, connection: Any) -> int | None:  # noqa: ARG002 - where possible
+        """Return a number that changes when another connection commits; ``None`` if unknown.
+
+        Asked hundreds of times a second, so it must cost microseconds.
+        """
+        return None
 
     # --- settling
 
@@ -223,6 +297,17 @@ class Database:
         """Return ``atomic`` for a transaction that is going to write."""
         atomic: AbstractContextManager[Any] = transaction.atomic(using=connection.alias)
         return atomic
+
+    def own_transaction(self, connection: Any) -> AbstractContextManager[Any]:
+        """Return :meth:`write_transaction` for one that begins with a locking statement.
+
+        Each later statement sees what the former holder of the lock has committed, however the
+        project's transactions are isolated.
+        """
+        # READ COMMITTED by itself.  On InnoDB the snapshot of REPEATABLE READ is that of the
+        # first read that locks nothing:
+        # https://dev.mysql.com/doc/refman/8.0/en/innodb-consistent-read.html
+        return self.write_transaction(connection)
 
     # --- errors
 
@@ -256,6 +341,17 @@ class Database:
             return connection.connection is not None and connection.is_usable()
         except Error:
             return False
+
+    def leave_pool(self, connection: Any) -> None:
+        """Make connections to this alias the threads' own from now on, not those of a pool.
+
+        A consumer keeps its connections; several threads that each keep one would soon
+        wait for each other at a pool, the heartbeat among them.
+        """
+
+    def unpooled_copy(self, connection: Any) -> Any:
+        """Return a connection to the same database that is nobody else's, and not a pool's."""
+        return connection.copy()
 
     def prepare(self, connection: Any, consumer: int) -> None:
         """Set up a new connection that ``consumer`` keeps for long, whatever it is used for."""

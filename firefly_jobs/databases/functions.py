@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.db.models import DateTimeField, Func
+from django.db.models import BigIntegerField, CharField, DateTimeField, Func
 from django.db.models.functions import Now
 
 
@@ -56,3 +56,46 @@ class SecondsFromNow(Func):
             ),
             **extra_context,
         )
+
+
+class DatabaseMicroseconds(Func):
+    """The moment of the statement, by the database's clock, in microseconds since 1970."""
+
+    output_field = BigIntegerField()
+    arity = 0
+
+    def as_postgresql(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
+        """Render for PostgreSQL."""
+        template = "(EXTRACT(EPOCH FROM STATEMENT_TIMESTAMP()) * 1000000)::bigint"
+        return self.as_sql(compiler, connection, template=template, **extra_context)
+
+    def as_mysql(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
+        """Render for MySQL and MariaDB, without the session's zone and its summer time."""
+        template = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
+        return self.as_sql(compiler, connection, template=template, **extra_context)
+
+    def as_sqlite(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
+        """Render for SQLite, whose clock has milliseconds."""
+        template = "(CAST(ROUND((JULIANDAY('now') - 2440587.5) * 86400000) AS INTEGER) * 1000)"
+        return self.as_sql(compiler, connection, template=template, **extra_context)
+
+
+class Isolation(Func):
+    """The isolation of the open transaction, as one word in lower case."""
+
+    output_field = CharField()
+    arity = 0
+
+    def as_postgresql(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
+        """Render for PostgreSQL."""
+        template = "REPLACE(CURRENT_SETTING('transaction_isolation'), ' ', '-')"
+        return self.as_sql(compiler, connection, template=template, **extra_context)
+
+    def as_mysql(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
+        """Render for MariaDB, whose older versions know the former name only, and for MySQL."""
+        name = "tx_isolation" if connection.mysql_is_mariadb else "transaction_isolation"
+        return self.as_sql(compiler, connection, template=f"LOWER(@@{name})", **extra_context)
+
+    def as_sqlite(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
+        """Render for SQLite, where nobody commits beside a transaction that writes."""
+        return self.as_sql(compiler, connection, template="'read-committed'", **extra_context)

@@ -13,7 +13,8 @@ from django.db import transaction
 
 from firefly_jobs.attempts import Claim
 
-from .base import CLAIM_COLUMNS, TABLE, Completion, Database, Problem, Session
+from .base import DISPATCHER_LOCK_SECONDS, TABLE, Completion, Database, Problem
+from .sessions import SAVEPOINT, Session
 
 # UPDATE ... RETURNING: https://sqlite.org/lang_returning.html
 _RETURNING_SINCE = (3, 35)
@@ -22,8 +23,6 @@ _RETURNING_SINCE = (3, 35)
 # a read and upgrading later would fail at once with SQLITE_BUSY_SNAPSHOT if another
 # connection committed in between (https://sqlite.org/isolation.html).
 _TAKE_WRITE_LOCK = f"UPDATE {TABLE} SET id = id WHERE id = -1"  # noqa: S608 - only our own names are formatted in
-
-_DISPATCHER_TIMEOUT_MS = 1_000
 
 
 @contextmanager
@@ -44,6 +43,8 @@ class _Immediate:
         self._atomic = transaction.atomic(using=connection.alias)
 
     def __enter__(self) -> None:
+        # Django reads the mode from OPTIONS when it connects.
+        self._connection.ensure_connection()
         with _transaction_mode(self._connection, "IMMEDIATE"):
             self._atomic.__enter__()
 
@@ -80,13 +81,27 @@ class SQLiteSession(Session):
         with self.connection.wrap_database_errors:
             self.connection.connection.execute(_TAKE_WRITE_LOCK)
 
+    def _mark(self, *, is_first: bool) -> None:
+        """Send one statement at a time."""
+        if not is_first:
+            self._send(f"RELEASE {SAVEPOINT}")
+        self._send(SAVEPOINT)
+        self._touched = False
+
+    def _send(self, statement: str) -> None:
+        with self.connection.wrap_database_errors:
+            self.connection.connection.execute(statement)
+
+    def probe(self) -> None:
+        """Do nothing: the driver runs one statement at a time and tells how it stands."""
+
     def is_touched(self) -> bool:
         """Whether the driver ran a statement: ``total_changes`` would miss reads and DDL."""
         return self._touched
 
     def is_gone(self) -> bool:
-        """Whether SQLite rolled back by itself (disk full, I/O error, out of memory)."""
-        return not self.connection.connection.in_transaction
+        """Whether the call ended it, or SQLite did (disk full, I/O error, out of memory)."""
+        return self._ended or not self.connection.connection.in_transaction
 
     def interrupt(self) -> None:
         """End a running query; the one call of the driver that is safe from other threads."""
@@ -103,6 +118,7 @@ class SQLite(Database):
     session_class = SQLiteSession
     can_skip_locked = False
     now = "STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f', 'now')"
+    until = "(JULIANDAY({}) - JULIANDAY('now')) * 86400.0"
 
     conflict_codes: ClassVar[frozenset[Any]] = frozenset(
         {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -113,7 +129,7 @@ class SQLite(Database):
         connection: Any,
         *,
         queue: str,
-        priority: int,
+        priority: int | None,
         limit: int,
         consumer: int,
         not_below: Any = None,  # noqa: ARG002 - no dead entries here
@@ -123,7 +139,7 @@ class SQLite(Database):
             f"UPDATE {TABLE} SET status = 'running', fence = fence + 1, consumer = %s, "  # noqa: S608 - only our own names are formatted in
             f"started = {self.now} WHERE id IN ("
             f"SELECT id FROM {TABLE} WHERE status = 'created' AND queue = %s AND priority = %s "
-            f"AND run_at <= {self.now} ORDER BY run_at, id LIMIT %s) RETURNING {CLAIM_COLUMNS}"
+            f"AND run_at <= {self.now} ORDER BY run_at, id LIMIT %s) RETURNING {self.claimed}"
         )
         with connection.cursor() as cursor:
             # An UPDATE takes the write lock even if it finds nothing, and an idle consumer
@@ -139,6 +155,15 @@ class SQLite(Database):
             claims = [Claim._make(row) for row in cursor.fetchall()]
         claims.sort(key=lambda claim: (claim.run_at, claim.id))
         return claims
+
+    def data_version(self, connection: Any) -> int | None:
+        """Return SQLite's own number: https://sqlite.org/pragma.html#pragma_data_version."""
+        # Connections to a database in memory share a cache, where the number tells nothing.
+        if connection.is_in_memory_db():
+            return None
+        with connection.wrap_database_errors:
+            (version,) = connection.connection.execute("PRAGMA data_version").fetchone()
+        return int(version)
 
     def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
         """Complete with one prepared statement, many times."""
@@ -157,7 +182,9 @@ class SQLite(Database):
         with connection.cursor() as cursor:
             cursor.execute("PRAGMA busy_timeout")
             (milliseconds,) = cursor.fetchone()
-            cursor.execute(f"PRAGMA busy_timeout = {min(milliseconds, _DISPATCHER_TIMEOUT_MS)}")
+            cursor.execute(
+                f"PRAGMA busy_timeout = {min(milliseconds, DISPATCHER_LOCK_SECONDS * 1000)}"
+            )
 
     def is_busy(self, error: BaseException) -> bool:
         """Whether another connection held the write lock for too long."""

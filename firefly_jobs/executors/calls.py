@@ -1,23 +1,45 @@
-"""The steps of a call that sync and async tasks share: look up, unpack, call, pack."""
+"""The steps of a call that all executors share: look up, unpack, call, pack."""
 
 from __future__ import annotations
 
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+import logging
+import os
+import sys
+import traceback
+from contextvars import copy_context
+from time import monotonic, perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from firefly_jobs import lifecycle, registry, serializers
-from firefly_jobs.attempts import Claim, Outcome, TaskContext
+from firefly_jobs import serializers
+from firefly_jobs.attempts import Claim, Outcome, TaskContext, enter_context
+from firefly_jobs.checkpoints import reach
 from firefly_jobs.databases import Completion
-from firefly_jobs.exceptions import CommitUncertain, LaneTimeoutError, StopRequested
+from firefly_jobs.exceptions import (
+    Cancel,
+    CommitUncertain,
+    Expired,
+    LaneTimeoutError,
+    Retry,
+    Snooze,
+    StopRequested,
+)
+from firefly_jobs.reporting import log_fields
 
 if TYPE_CHECKING:
     from firefly_jobs.databases import Database
     from firefly_jobs.decorators import BaseTask
 
+logger = logging.getLogger("firefly_jobs")
 
-def find_task(claim: Claim) -> BaseTask[Any, Any]:
-    """Return the task that ``claim`` names; raises ``TaskNotFoundError``."""
-    return registry.find(claim.func_name)
+
+def refuse_if_expired(claim: Claim) -> None:
+    """Raise ``Expired`` if it is too late to start the call.
+
+    The database told, when it was claimed, how much time was left.
+    """
+    if claim.start_by is not None and monotonic() >= claim.start_by:
+        raise Expired
 
 
 def load_arguments(claim: Claim) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -25,11 +47,63 @@ def load_arguments(claim: Claim) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return serializers.loads_params(claim.raw_params, task_name=claim.func_name)
 
 
-def make_context(
-    task: BaseTask[Any, Any], claim: Claim, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> TaskContext:
-    """Return what ``current_task()`` answers inside this call."""
-    return TaskContext(task, claim, args, kwargs)
+class OwnProcess:
+    """Keep a process that the call forks from going on where its parent does.
+
+    A child that does not end itself would settle the call, too, on a copy of its parent's
+    connection, and destroy the transaction that is open there.
+    """
+
+    __slots__ = ("_process",)
+
+    def __enter__(self) -> None:
+        self._process = os.getpid()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if os.getpid() != self._process:
+            _end_child(error)
+
+
+def _end_child(error: BaseException | None) -> NoReturn:
+    """End this process as an interpreter would that has come to its end, or raised."""
+    code: Any = int(error is not None)
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def call(task: BaseTask[Any, Any], claim: Claim, *, using: str) -> str:
+    """Call a sync task and return its result as it is stored.
+
+    It runs in a copy of the context, so that what it sets (an active language, a time
+    zone, any context variable) is not there for the next call.
+
+    Raises:
+        BaseException: Whatever the function raised; or what unpacking, packing did.
+    """
+    with OwnProcess():
+        return copy_context().run(_call, task, claim, using)
+
+
+def _call(task: BaseTask[Any, Any], claim: Claim, using: str) -> str:
+    reach("executing")
+    args, kwargs = load_arguments(claim)
+    context = TaskContext(task, claim, args, kwargs, using)
+    enter_context(context)
+    if task.options.takes_context:
+        value = task.func(context, *args, **kwargs)
+    else:
+        value = task.func(*args, **kwargs)
+    return store_returned(claim, value)
 
 
 def store_returned(claim: Claim, value: Any) -> str:
@@ -45,32 +119,35 @@ def store_returned(claim: Claim, value: Any) -> str:
 
 def completion(claim: Claim, returned: str, started: float) -> Completion:
     """Return what the settling statement needs."""
-    return Completion(claim.id, claim.fence, perf_counter() - started, returned)
+    duration = perf_counter() - started
+    return Completion(claim.id, claim.fence, duration, returned, claim.is_limited)
 
 
 def failed_outcome(
-    claim: Claim, error: BaseException, *, started: float, is_usable: bool, database: Database
+    claim: Claim, error: BaseException, *, duration: float, is_usable: bool, database: Database
 ) -> Outcome:
     """Return the outcome of a call that raised, or whose settling did.
 
     Args:
         claim: What was executed.
         error: What was raised.
-        started: ``perf_counter()`` at its start.
+        duration: Seconds that it took.
         is_usable: Whether the call's connection survived.
         database: Knows which errors say nothing about the task.
     """
     return Outcome(
         claim=claim,
-        duration=perf_counter() - started,
+        duration=duration,
         error=error,
         is_lost=not is_usable
         or isinstance(error, CommitUncertain | LaneTimeoutError)
-        or database.is_conflict(error),
+        # What a task says itself counts, whatever made it say so.
+        or (not isinstance(error, Retry | Snooze | Cancel) and database.is_conflict(error)),
         is_interrupted=isinstance(error, StopRequested),
     )
 
 
-def was_committed(claim: Claim, *, using: str) -> bool:
-    """After :class:`CommitUncertain`: ask the row, on a fresh connection, what happened."""
-    return lifecycle.was_completed(claim, using=using)
+def not_started(claim: Claim, error: BaseException) -> Outcome:
+    """Return the outcome of a claim for which there was no connection; log why."""
+    logger.warning("There is no connection for a task: %s", error, extra=log_fields(claim))
+    return Outcome(claim=claim, duration=0.0, error=error, has_started=False)

@@ -5,25 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
 from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import Error
 
-from firefly_jobs import databases, lifecycle
-from firefly_jobs.attempts import Claim, Outcome, enter_context, leave_context
+from firefly_jobs import registry
+from firefly_jobs.attempts import Claim, Outcome, TaskContext, enter_context
 from firefly_jobs.checkpoints import reach
 from firefly_jobs.conf import get_settings
-from firefly_jobs.exceptions import CommitUncertain, LeaseLost, StopRequested
-from firefly_jobs.reporting import log_lease_lost
-from firefly_jobs.transactions import CallTransaction, run_callbacks
+from firefly_jobs.exceptions import StopRequested
+from firefly_jobs.holdings import LEASE_POLL_SECONDS
+from firefly_jobs.transactions import CallTransaction
 
 from . import calls
+from .allowances import Allowance, Allowances
+from .ending import Ending
 from .lanes import LaneBinding, LanePool
-from .threads import Work
+from .work import NO_CONNECTION_SECONDS, Work
 
 logger = logging.getLogger("firefly_jobs")
 
@@ -33,20 +36,25 @@ class CoroutineLoop(threading.Thread):
 
     Args:
         work: Where outcomes go.
+        allowances: Watch the calls that may not take everything.
         using: Database alias.
+        connections: How many the coroutines share.
     """
 
-    def __init__(self, work: Work, *, using: str) -> None:
+    def __init__(self, work: Work, allowances: Allowances, *, using: str, connections: int) -> None:
         super().__init__(name="firefly-coroutines", daemon=True)
         self._work = work
         self._using = using
-        self._database = databases.of(using)
+        self._allowances = allowances
+        self._ending = Ending(work, using=using)
         self._settings = get_settings()
-        self._pool = LanePool(using=using, size=self._settings.ASYNC_CONNECTIONS, owner=work.owner)
+        self._pool = LanePool(using=using, size=connections, owner=work.owner)
         self._running: dict[Claim, asyncio.Task[None]] = {}
         self._interrupted: set[Claim] = set()
+        # The calls that a limit may cancel.
+        self._bounded: set[Claim] = set()
         self._ready: Future[asyncio.AbstractEventLoop] = Future()
-        self._ending: asyncio.Event
+        self._is_over: asyncio.Event
 
     def run(self) -> None:
         """Run the event loop until :meth:`stop`."""
@@ -69,13 +77,13 @@ class CoroutineLoop(threading.Thread):
         self._pool.close()
 
     async def _main(self) -> None:
-        self._ending = asyncio.Event()
+        self._is_over = asyncio.Event()
         self._ready.set_result(asyncio.get_running_loop())
-        await self._ending.wait()
+        await self._is_over.wait()
 
     def start_call(self, claim: Claim) -> None:
         """Start executing ``claim``; called from the dispatcher's thread."""
-        self._ready.result().call_soon_threadsafe(self._spawn, claim)
+        self._ready.result().call_soon_threadsafe(self._spawn, claim, self._work.owner())
 
     def interrupt(self) -> None:
         """Cancel every running call; called from the dispatcher's thread."""
@@ -87,59 +95,134 @@ class CoroutineLoop(threading.Thread):
 
     def stop(self) -> None:
         """End the loop; called from the dispatcher's thread."""
-        self._ready.result().call_soon_threadsafe(self._ending.set)
+        self._ready.result().call_soon_threadsafe(self._is_over.set)
 
-    def _spawn(self, claim: Claim) -> None:
-        running = asyncio.get_running_loop().create_task(self._execute(claim))
+    def _spawn(self, claim: Claim, owner: int) -> None:
+        running = asyncio.get_running_loop().create_task(self._start(claim, owner))
         self._running[claim] = running
         running.add_done_callback(lambda done: self._done(claim, done))
 
     def _done(self, claim: Claim, done: asyncio.Task[None]) -> None:
         self._running.pop(claim, None)
-        if not done.cancelled() and (error := done.exception()) is not None:
+        if done.cancelled():
+            # Cancelled before its first step, so nothing was reported.
+            self._work.ended(
+                Outcome(
+                    claim=claim,
+                    duration=0.0,
+                    error=asyncio.CancelledError("The call cancelled its own asyncio task."),
+                    is_interrupted=claim in self._interrupted,
+                ),
+                is_urgent=False,
+            )
+        elif (error := done.exception()) is not None:
             # A mistake of ours: the claim would be held, and never settled.
             logger.error("Settling a coroutine failed; the consumer stops", exc_info=error)
             self._work.crashed()
+        self._interrupted.discard(claim)
 
     def _cancel_all(self) -> None:
         for claim, running in self._running.items():
             self._interrupted.add(claim)
             running.cancel()
 
+    def _hold(self, claim: Claim, binding: LaneBinding) -> Allowance:
+        """Let a limit cancel the call, and interrupt what it does on its lane."""
+        loop = asyncio.get_running_loop()
+
+        def stop(error: type[Exception]) -> None:
+            loop.call_soon_threadsafe(self._cancel_bounded, claim)
+            binding.interrupt(error)
+
+        self._bounded.add(claim)
+        return self._allowances.begin(claim, stop)
+
+    def _cancel_bounded(self, claim: Claim) -> None:
+        # Not once it is over: what follows is ours.
+        if claim in self._bounded and claim in self._running:
+            self._running[claim].cancel()
+
+    def _reason(
+        self, claim: Claim, raised: BaseException, allowance: Allowance | None
+    ) -> BaseException:
+        """Return why a call ended that raised ``raised``, which may be our cancellation."""
+        if claim in self._interrupted:
+            return StopRequested()
+        return raised if allowance is None else allowance.blame(raised)
+
+    async def _start(self, claim: Claim, owner: int) -> None:
+        """Execute a claim of ``owner``, once it is sure that nobody has rescued it."""
+        try:
+            while not self._work.may_start():  # noqa: ASYNC110 - the heartbeat is a thread
+                await asyncio.sleep(LEASE_POLL_SECONDS)
+        except asyncio.CancelledError as error:
+            reason = StopRequested() if claim in self._interrupted else error
+            self._ending.raised(claim, reason, perf_counter(), None)
+            return
+        if owner == self._work.owner():
+            await self._execute(claim)
+        else:
+            # Rescued meanwhile; the row is not this consumer's any more.
+            self._work.dropped(claim)
+
     async def _execute(self, claim: Claim) -> None:
-        """Call the coroutine function and settle what it touched; report the rest."""
+        """Call the coroutine function, in a transaction of its own once it queries."""
         started = perf_counter()
         binding: LaneBinding | None = None
+        allowance: Allowance | None = None
         try:
-            task = calls.find_task(claim)
+            calls.refuse_if_expired(claim)
+            task = registry.find(claim.func_name)
             binding = LaneBinding(
                 self._pool,
                 holder=f"task {claim.id} ({claim.func_name})",
                 atomic=task.options.atomic,
                 timeout_seconds=self._settings.LANE_TIMEOUT,
+                is_bounded=claim.is_bounded,
             )
+            if claim.is_bounded:
+                allowance = self._hold(claim, binding)
             async with ThreadSensitiveContext(executor=binding):
                 returned = await self._call(task, claim)
-            binding.refuse_if_timed_out()
+            self._bounded.discard(claim)
+            binding.refuse_if_unserved()
             reach("called")
-            completion = calls.completion(claim, returned, started)
-            if task.options.atomic and await self._commit(binding, completion):
-                self._work.settled(completion, claim)
-            else:
-                self._work.ended(
-                    Outcome(claim=claim, duration=completion.duration, returned=returned),
-                    is_urgent=not task.options.atomic,
-                )
-        except LeaseLost as event:
-            await self._rollback(binding)
-            log_lease_lost(claim, event)
-            self._work.dropped(claim)
-        except BaseException as error:  # noqa: BLE001 - user code: sys.exit() ends the task, not the loop
-            await self._failed(claim, error, started, binding)
+        except BaseException as raised:  # noqa: BLE001 - user code: sys.exit() ends the task, not the loop
+            self._bounded.discard(claim)
+            error = self._reason(claim, raised, allowance)
+            if binding is not None and binding.has_no_connection:
+                await self._give_back(claim, error, binding)
+                return
+            is_usable = binding is None or not binding.timed_out
+            await _end(
+                binding,
+                allowance,
+                lambda transaction: self._ending.raised(
+                    claim, error, started, transaction, is_usable=is_usable
+                ),
+            )
+        else:
+            await _end(
+                binding,
+                allowance,
+                lambda transaction: self._ending.returned(
+                    claim, returned, started, transaction, atomic=task.options.atomic
+                ),
+            )
         finally:
-            self._interrupted.discard(claim)
+            if allowance is not None:
+                allowance.end()
             if binding is not None:
                 binding.close()
+
+    async def _give_back(self, claim: Claim, error: BaseException, binding: LaneBinding) -> None:
+        """Give a claim back for which there was no connection: it is not to blame."""
+        await binding.on_lane(lambda transaction: transaction.abandon())
+        if not isinstance(error, StopRequested):
+            # The next one would fare no better at once.
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(NO_CONNECTION_SECONDS)
+        self._work.ended(calls.not_started(claim, error), is_urgent=False)
 
     async def _call(self, task: Any, claim: Claim) -> str:
         reach("executing")
@@ -149,62 +232,33 @@ class CoroutineLoop(threading.Thread):
             # Model instances among the arguments: loading them is a query, and belongs
             # to the call's transaction.
             args, kwargs = await sync_to_async(calls.load_arguments)(claim)
-        context = calls.make_context(task, claim, args, kwargs)
-        token = enter_context(context)
-        try:
+        context = TaskContext(task, claim, args, kwargs, self._using)
+        enter_context(context)
+        with calls.OwnProcess():
             if task.options.takes_context:
                 value = await task.func(context, *args, **kwargs)
             else:
                 value = await task.func(*args, **kwargs)
-            try:
-                return calls.store_returned(claim, value)
-            except SynchronousOnlyOperation:
-                return await sync_to_async(calls.store_returned)(claim, value)
-        finally:
-            leave_context(token)
+        try:
+            return calls.store_returned(claim, value)
+        except SynchronousOnlyOperation:
+            return await sync_to_async(calls.store_returned)(claim, value)
 
-    async def _commit(self, binding: LaneBinding, completion: Any) -> bool:
-        """Settle and commit on the lane if the call touched the database; say if it did."""
-        if binding.lane is None:
-            return False
 
-        def commit(transaction: CallTransaction) -> bool:
-            if not transaction.is_touched:
-                return False
-            transaction.commit(lambda: lifecycle.complete(completion, using=self._using))
-            return True
+async def _end(
+    binding: LaneBinding | None,
+    allowance: Allowance | None,
+    finish: Callable[[CallTransaction | None], None],
+) -> None:
+    """End the call where its transaction is; without one, here."""
 
-        return bool(await binding.on_lane(commit))
+    def end(transaction: CallTransaction | None) -> None:
+        # What the call has left running on the lane was watched until now.
+        if allowance is not None:
+            allowance.end()
+        finish(transaction)
 
-    async def _rollback(self, binding: LaneBinding | None) -> bool:
-        if binding is None or binding.lane is None:
-            return True
-        return bool(await binding.on_lane(lambda transaction: transaction.rollback()))
-
-    async def _failed(
-        self, claim: Claim, error: BaseException, started: float, binding: LaneBinding | None
-    ) -> None:
-        if claim in self._interrupted:
-            error = StopRequested()
-        is_usable = await self._rollback(binding)
-        if binding is not None and binding.timed_out:
-            is_usable = False
-        outcome = calls.failed_outcome(
-            claim, error, started=started, is_usable=is_usable, database=self._database
-        )
-        if isinstance(error, CommitUncertain) and binding is not None:
-
-            def ask(transaction: CallTransaction) -> bool:
-                transaction.abandon()
-                committed = calls.was_committed(claim, using=self._using)
-                if committed:
-                    run_callbacks(error.callbacks)
-                return committed
-
-            try:
-                if await binding.on_lane(ask):
-                    self._work.settled(calls.completion(claim, "", started), claim)
-                    return
-            except Error:
-                logger.debug("Could not ask the row after an uncertain COMMIT", exc_info=True)
-        self._work.ended(outcome, is_urgent=False)
+    if binding is None or binding.lane is None:
+        end(None)
+    else:
+        await binding.on_lane(end)

@@ -17,15 +17,21 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
+
+from django.db import Error
 
 from firefly_jobs.exceptions import LaneTimeoutError
 from firefly_jobs.transactions import CallTransaction
 
+from .interrupts import Interrupt
+
 logger = logging.getLogger("firefly_jobs")
 
-_Work = tuple["Future[Any]", Callable[[], Any]]
+_Work = tuple["Future[Any]", Callable[[CallTransaction], Any]]
 
 
 class Lane(threading.Thread):
@@ -36,12 +42,18 @@ class Lane(threading.Thread):
         self._using = using
         self._owner = owner
         self._inbox: SimpleQueue[_Work | None] = SimpleQueue()
-        self.transaction: CallTransaction
+        # Made on this thread, to which its connection belongs.
+        self._transaction: CallTransaction | None = None
         self.start()
 
-    def put(self, future: Future[Any], work: Callable[[], Any]) -> None:
+    def put(self, future: Future[Any], work: Callable[[CallTransaction], Any]) -> None:
         """Run ``work`` on this thread and resolve ``future`` with what it returns or raises."""
         self._inbox.put((future, work))
+
+    def break_off(self) -> None:
+        """Free what a call that did not hear its cancellation holds in the database."""
+        if self._transaction is not None:
+            self._transaction.break_off()
 
     def stop(self) -> None:
         """End the thread after what is queued."""
@@ -49,19 +61,19 @@ class Lane(threading.Thread):
 
     def run(self) -> None:
         """Work until stopped."""
-        self.transaction = CallTransaction(self._using, owner=self._owner)
+        transaction = self._transaction = CallTransaction(self._using, owner=self._owner)
         try:
             while (item := self._inbox.get()) is not None:
                 future, work = item
                 if not future.set_running_or_notify_cancel():
                     continue
                 try:
-                    future.set_result(work())
+                    future.set_result(work(transaction))
                 except BaseException as error:  # noqa: BLE001 - user code; its error belongs to its caller
                     future.set_exception(error)
                 del item, future, work
         finally:
-            self.transaction.close()
+            transaction.close()
 
 
 class LanePool:
@@ -87,7 +99,7 @@ class LanePool:
         """Give ``binding`` a lane now, or as soon as one is free."""
         with self._lock:
             if not self._free and len(self._lanes) < self._size:
-                name = f"firefly-lane-{len(self._lanes) + 1}"
+                name = f"firefly-async-lane-{len(self._lanes) + 1}"
                 lane = Lane(using=self._using, name=name, owner=self._owner)
                 self._lanes.append(lane)
                 self._free.append(lane)
@@ -122,7 +134,7 @@ class LanePool:
         with self._lock:
             held = list(self.holders)
         for lane in held:
-            lane.transaction.break_off()
+            lane.break_off()
 
     def close(self) -> None:
         """End the free lanes; those in use end with the process."""
@@ -142,10 +154,17 @@ class LaneBinding(Executor):
         atomic: With it, the lane is kept and one transaction spans all calls; without,
             a lane is borrowed for each call and nothing spans them.
         timeout_seconds: How long to wait for a lane.
+        is_bounded: Whether :meth:`interrupt` has to reach the calls.
     """
 
     def __init__(
-        self, pool: LanePool, *, holder: str, atomic: bool, timeout_seconds: float
+        self,
+        pool: LanePool,
+        *,
+        holder: str,
+        atomic: bool,
+        timeout_seconds: float,
+        is_bounded: bool = False,
     ) -> None:
         self._pool = pool
         self._atomic = atomic
@@ -153,11 +172,13 @@ class LaneBinding(Executor):
         self._lock = threading.Lock()
         self._lane: Lane | None = None
         self._has_asked = False
-        self._is_closed = False
+        self._is_closed = self._is_ended = False
         self._begin: Future[None] = Future()
         self._backlog: deque[_Work] = deque()
         self._loop: asyncio.AbstractEventLoop
         self._timer: asyncio.TimerHandle | None = None
+        self._interrupt = Interrupt() if is_bounded else None
+        self._calls_on: CallTransaction | None = None
         self.holder = holder
         self.timed_out = False
 
@@ -169,7 +190,7 @@ class LaneBinding(Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Queue a call; asgiref calls this from the event loop, so it never blocks."""
         future: Future[Any] = Future()
-        work = (future, lambda: fn(*args, **kwargs))
+        work = (future, lambda transaction: self._call(transaction, partial(fn, *args, **kwargs)))
         with self._lock:
             if self.timed_out:
                 message = f"{self.holder} got no database connection for an earlier query."
@@ -188,6 +209,19 @@ class LaneBinding(Executor):
         self._pool.ask(self)
         return future
 
+    def _call(self, transaction: CallTransaction, call: Callable[[], Any]) -> Any:
+        """Run one of the coroutine's calls; on a lane."""
+        if self._interrupt is None:
+            return call()
+        self._calls_on = transaction
+        return self._interrupt.run(call)
+
+    def interrupt(self, error: type[Exception]) -> None:
+        """Raise ``error`` inside the running call, and end its statement; from any thread."""
+        transaction = self._calls_on
+        if self._interrupt is not None and transaction is not None:
+            self._interrupt.interrupt(error, also=lambda: transaction.interrupt(may_connect=True))
+
     def granted(self, lane: Lane) -> None:
         """Take the lane, enter the transaction, and run what has been queued."""
         with self._lock:
@@ -196,23 +230,30 @@ class LaneBinding(Executor):
             backlog, self._backlog = self._backlog, deque()
             self._has_asked = self._atomic
             if self._is_closed:
+                for future, _ in backlog:
+                    future.cancel()
                 backlog.clear()
             begin = self._begin = Future()
-            lane.put(begin, lambda: lane.transaction.begin(atomic=self._atomic))
+            lane.put(begin, lambda call: call.begin(atomic=self._atomic))
             for future, work in backlog:
                 lane.put(future, _unless_failed(begin, work))
             # Decided under the lock: close() may come next, and gives back what it finds.
             goes_back = not self._atomic or self._is_closed
             if goes_back:
                 self._lane = None
-        if self._timer is not None:
+            # That of this request; the next one makes its own.
+            timer, self._timer = self._timer, None
+        if timer is not None:
             # Lanes are granted from whichever thread gave one back.
-            self._loop.call_soon_threadsafe(self._timer.cancel)
+            self._loop.call_soon_threadsafe(timer.cancel)
         if goes_back:
-            # A borrowed lane goes back clean, whatever the call left open on it.
-            clean: Future[Any] = Future()
-            lane.put(clean, lane.transaction.rollback)
-            clean.add_done_callback(lambda _: self._pool.give_back(lane))
+            self._give_back_clean(lane)
+
+    def _give_back_clean(self, lane: Lane) -> None:
+        """Give a lane back without whatever the call has left open on it."""
+        clean: Future[Any] = Future()
+        lane.put(clean, lambda call: call.rollback())
+        clean.add_done_callback(lambda _: self._pool.give_back(lane))
 
     def _give_up(self) -> None:
         if not self._pool.withdraw(self):
@@ -230,22 +271,42 @@ class LaneBinding(Executor):
             if future.set_running_or_notify_cancel():
                 future.set_exception(LaneTimeoutError(message))
 
-    def refuse_if_timed_out(self) -> None:
-        """Raise ``LaneTimeoutError`` if a query got no lane, though the coroutine went on."""
+    @property
+    def has_no_connection(self) -> bool:
+        """Whether the lane could not connect, so that no query of the call was sent."""
+        begin = self._begin
+        return self._atomic and begin.done() and isinstance(begin.exception(), Error)
+
+    def refuse_if_unserved(self) -> None:
+        """Raise if a query got no lane or no connection, though the coroutine went on.
+
+        Raises:
+            LaneTimeoutError: If no lane was free in time.
+            Error: What connecting raised.
+        """
+        if self.has_no_connection:
+            self._begin.result()
         if self.timed_out:
             message = f"A query of {self.holder} got no database connection in time."
             raise LaneTimeoutError(message)
 
     async def on_lane(self, work: Callable[[CallTransaction], Any]) -> Any:
-        """Run ``work`` with the bound lane's transaction and return what it returns."""
+        """Run ``work`` with the bound lane's transaction and return what it returns.
+
+        A cancelled coroutine still has to settle or roll back, once and to the end.
+        """
         lane = self._lane
         if lane is None:
             message = "This coroutine has no lane."
             raise RuntimeError(message)
         future: Future[Any] = Future()
-        lane.put(future, lambda: work(lane.transaction))
-        # Shielded: a cancelled coroutine still has to settle or roll back.
-        return await asyncio.shield(asyncio.wrap_future(future))
+        lane.put(future, work)
+        self._is_ended = True
+        done = asyncio.wrap_future(future)
+        while not done.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(done)
+        return done.result()
 
     def close(self) -> None:
         """Give the lane back."""
@@ -255,15 +316,22 @@ class LaneBinding(Executor):
         with self._lock:
             self._is_closed = True
             lane, self._lane = self._lane, None
-        if lane is not None:
+        if lane is None:
+            return
+        if self._is_ended:
             self._pool.give_back(lane)
+        else:
+            # Granted after the call had ended.
+            self._give_back_clean(lane)
 
 
-def _unless_failed(begin: Future[None], work: Callable[[], Any]) -> Callable[[], Any]:
+def _unless_failed(
+    begin: Future[None], work: Callable[[CallTransaction], Any]
+) -> Callable[[CallTransaction], Any]:
     """Run ``work`` unless the transaction could not be entered: then raise that error."""
 
-    def run() -> Any:
+    def run(transaction: CallTransaction) -> Any:
         begin.result()
-        return work()
+        return work(transaction)
 
     return run

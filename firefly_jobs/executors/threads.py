@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from django.db import Error
 
-from firefly_jobs import lifecycle
-from firefly_jobs.attempts import Claim, Outcome, enter_context, leave_context
+from firefly_jobs import registry
+from firefly_jobs.attempts import Claim
 from firefly_jobs.checkpoints import reach
-from firefly_jobs.exceptions import CommitUncertain, LeaseLost, StopRequested
-from firefly_jobs.reporting import log_lease_lost
-from firefly_jobs.transactions import CallTransaction, run_callbacks
+from firefly_jobs.transactions import CallTransaction
 
 from . import calls
+from .allowances import Allowances
+from .ending import Ending
+from .groups import Group
+from .interrupts import Interrupt
+from .work import NO_CONNECTION_SECONDS, Work
 
 if TYPE_CHECKING:
-    from firefly_jobs.databases import Completion
+    from firefly_jobs.decorators import BaseTask
 
 logger = logging.getLogger("firefly_jobs")
-
-
-class Work(Protocol):
-    """Where a lane gets claims from and reports to; the consumer's side of the lane."""
-
-    def owner(self) -> int:
-        """Return the consumer's id."""
-
-    def next_sync(self) -> Claim | None:
-        """Return the next claim to start, waiting for one; ``None`` ends the lane."""
-
-    def settled(self, completion: Completion, claim: Claim) -> None:
-        """Take note of a call that was settled in its own transaction."""
-
-    def dropped(self, claim: Claim) -> None:
-        """Take note of a call whose lease was lost."""
-
-    def ended(self, outcome: Outcome, *, is_urgent: bool) -> None:
-        """Take over an outcome that is still to be settled."""
-
-    def crashed(self) -> None:
-        """Stop with an error: an executor ended by a mistake of its own."""
 
 
 class SyncLane(threading.Thread):
@@ -52,33 +32,34 @@ class SyncLane(threading.Thread):
 
     Args:
         work: Where claims come from and outcomes go.
+        allowances: Watch the calls that may not take everything.
         using: Database alias.
         name: Name of the thread.
     """
 
-    def __init__(self, work: Work, *, using: str, name: str) -> None:
+    def __init__(self, work: Work, allowances: Allowances, *, using: str, name: str) -> None:
         # A daemon, so that a call that cannot be interrupted does not keep the process.
         super().__init__(name=name, daemon=True)
         self._work = work
+        self._allowances = allowances
         self._using = using
-        self._guard = threading.Lock()
-        self._current: Claim | None = None
+        self._interrupt = Interrupt()
         self._transaction: CallTransaction | None = None
+        # Never set: a pause that no signal and no other thread ends.
+        self._pause = threading.Event()
+        self._ending = Ending(work, using=using)
 
     def run(self) -> None:
         """Take claims until there are no more."""
         try:
             transaction = self._transaction = CallTransaction(self._using, owner=self._work.owner)
+            group = Group(self._work, transaction, self._ending, interrupt=self._interrupt)
             while (claim := self._work.next_sync()) is not None:
-                with self._guard:
-                    self._current = claim
-                try:
+                alone = [claim]
+                if self._work.may_join_group(claim):
+                    alone = group.run(claim)
+                for claim in alone:
                     self._execute(claim, transaction)
-                finally:
-                    with self._guard:
-                        self._current = None
-        except StopRequested:
-            logger.debug("A lane was stopped between two calls")
         except BaseException:
             # A mistake of ours: without its lane the consumer would look alive and do nothing.
             logger.exception("A lane ended unexpectedly; the consumer stops")
@@ -87,84 +68,60 @@ class SyncLane(threading.Thread):
             if self._transaction is not None:
                 self._transaction.close()
 
-    def interrupt(self) -> bool:
-        """Raise :class:`StopRequested` inside the running call; return whether one runs.
-
-        It arrives with the next bytecode: a call blocked in C code sees it only when it
-        comes back.  The consumer does not wait for that (see ``Consumer``).
-        """
-        with self._guard:
-            if self._current is None or self.ident is None:
-                return False
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self.ident), ctypes.py_object(StopRequested)
-            )
+    def interrupt(self) -> None:
+        """Interrupt the running call, if one runs."""
         if self._transaction is not None:
-            self._transaction.interrupt()
-        return True
+            self._interrupt.interrupt(also=self._transaction.interrupt)
 
     def break_off(self) -> None:
         """Free what a call that did not hear :meth:`interrupt` holds in the database."""
-        if self._current is not None and self._transaction is not None:
+        if self._interrupt.is_call_running and self._transaction is not None:
             self._transaction.break_off()
 
     def _execute(self, claim: Claim, transaction: CallTransaction) -> None:
-        """Call the function and settle what it touched; report the rest."""
+        """Call the function in a transaction of its own."""
         started = perf_counter()
-        is_urgent = False
         try:
-            task = calls.find_task(claim)
-            is_urgent = not task.options.atomic
-            transaction.begin(atomic=task.options.atomic)
-            reach("executing")
-            args, kwargs = calls.load_arguments(claim)
-            context = calls.make_context(task, claim, args, kwargs)
-            token = enter_context(context)
-            try:
-                if task.options.takes_context:
-                    value = task.func(context, *args, **kwargs)
-                else:
-                    value = task.func(*args, **kwargs)
-                returned = calls.store_returned(claim, value)
-            finally:
-                leave_context(token)
-            reach("called")
-            if not task.options.atomic or not transaction.is_touched:
-                if not task.options.atomic:
-                    transaction.rollback()  # whatever the call itself left open
-                duration = perf_counter() - started
-                self._work.ended(
-                    Outcome(claim=claim, duration=duration, returned=returned),
-                    is_urgent=is_urgent,
-                )
+            calls.refuse_if_expired(claim)
+            task = registry.find(claim.func_name)
+            if not self._begin(claim, transaction, atomic=task.options.atomic):
                 return
-            completion = calls.completion(claim, returned, started)
-            transaction.commit(lambda: lifecycle.complete(completion, using=self._using))
-        except LeaseLost as event:
-            transaction.rollback()
-            log_lease_lost(claim, event)
-            self._work.dropped(claim)
+            call = self._call_bounded if claim.is_bounded else self._call
+            returned = call(task, claim)
+            reach("called")
         except BaseException as error:  # noqa: BLE001 - user code: sys.exit() ends the task, not the lane
-            self._failed(claim, error, started, transaction)
+            self._ending.raised(claim, error, started, transaction)
         else:
-            self._work.settled(completion, claim)
+            self._ending.returned(claim, returned, started, transaction, atomic=task.options.atomic)
 
-    def _failed(
-        self, claim: Claim, error: BaseException, started: float, transaction: CallTransaction
-    ) -> None:
-        is_usable = transaction.rollback()
-        outcome = calls.failed_outcome(
-            claim, error, started=started, is_usable=is_usable, database=transaction.database
-        )
-        if isinstance(error, CommitUncertain):
+    def _call(self, task: BaseTask[Any, Any], claim: Claim) -> str:
+        return self._interrupt.run(lambda: calls.call(task, claim, using=self._using), of=claim)
+
+    def _call_bounded(self, task: BaseTask[Any, Any], claim: Claim) -> str:
+        allowance = self._allowances.begin(claim, lambda error: self._stop_call(claim, error))
+        try:
+            return self._call(task, claim)
+        except BaseException as raised:  # noqa: BLE001 - user code; it is raised again, or is the cause
+            raise allowance.blame(raised)  # noqa: B904 - likewise
+        finally:
+            allowance.end()
+
+    def _stop_call(self, claim: Claim, error: type[Exception]) -> None:
+        """Raise ``error`` inside the call of ``claim``, and end its statement; from afar."""
+        transaction = self._transaction
+        if transaction is not None:
+            self._interrupt.interrupt(
+                error, of=claim, also=lambda: transaction.interrupt(may_connect=True)
+            )
+
+    def _begin(self, claim: Claim, transaction: CallTransaction, *, atomic: bool) -> bool:
+        """Get ready for a call; give the claim back if there is no connection for it."""
+        try:
+            transaction.begin(atomic=atomic)
+        except Error as error:
             transaction.abandon()
-            try:
-                if calls.was_committed(claim, using=self._using):
-                    run_callbacks(error.callbacks)
-                    self._work.settled(calls.completion(claim, "", started), claim)
-                    return
-            except Error:
-                # The server is still away.  The settler writes "lost" under the fence
-                # later, and that matches no row if the COMMIT did arrive.
-                logger.debug("Could not ask the row after an uncertain COMMIT", exc_info=True)
-        self._work.ended(outcome, is_urgent=False)
+            self._work.ended(calls.not_started(claim, error), is_urgent=False)
+            # The next one would fare no better at once.
+            self._pause.wait(NO_CONNECTION_SECONDS)
+            return False
+        return True

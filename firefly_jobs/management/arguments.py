@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import ArgumentParser, ArgumentTypeError
 from datetime import timedelta
@@ -12,6 +13,7 @@ from django.db import connections
 
 from firefly_jobs.conf import get_settings, suggestion
 from firefly_jobs.options import check_queue
+from firefly_jobs.priorities import Band, at_least, bands
 
 _AGE = re.compile(r"(\d+)\s*([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -32,12 +34,37 @@ def queue_list(text: str) -> list[str]:
     return names
 
 
+def priority_bands(text: str) -> list[Band]:
+    """Parse ``low,background``, ``5`` or ``-50..100``."""
+    try:
+        return list(bands(part for part in text.split(",") if part.strip()))
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def priorities_from(text: str) -> list[Band]:
+    """Parse ``high`` or ``10``: that and everything above."""
+    try:
+        return [at_least(text)]
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
 def positive(text: str) -> int:
     """Parse a whole number, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         message = f"must be a whole number, 1 or more, got {text!r}"
         raise ArgumentTypeError(message)
     return int(text)
+
+
+def process_count(text: str) -> int:
+    """Parse a whole number, 1 or more, or ``auto``: the processors this process may use."""
+    if text != "auto":
+        return positive(text)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def positive_or_zero(text: str) -> float:

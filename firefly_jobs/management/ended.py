@@ -16,7 +16,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import Error
 from django.db.models import Max, QuerySet
 
-from firefly_jobs.claiming import ALL_QUEUES
+from firefly_jobs.consumer_options import ALL_QUEUES
 from firefly_jobs.databases.functions import SecondsFromNow
 from firefly_jobs.exceptions import DELAY_SECONDS_MAX
 from firefly_jobs.lifecycle import BATCH_SIZE
@@ -35,11 +35,13 @@ class EndedTasksCommand(BaseCommand):
         status: Which rows.
         moment: The column that tells since when they are in it.
         done: The verb's participle, for what is printed.
+        reasons: Why some rows were not changed.
     """
 
     status: ClassVar[Status]
     moment: ClassVar[str]
     done: ClassVar[str]
+    reasons: ClassVar[str] = "changed meanwhile, or were locked,"
 
     def change(self, ids: Sequence[int], *, using: str) -> int:
         """Change one batch in a transaction of its own; return how many rows changed."""
@@ -104,9 +106,7 @@ class EndedTasksCommand(BaseCommand):
             # Said after an interruption as well: the batches so far are committed.
             self.stdout.write(f"{_tasks(changed, self.status)} {_were(changed)} {self.done}.")
         if changed < found:
-            self.stdout.write(
-                f"{found - changed:,} changed meanwhile, or were locked, and stay as they are."
-            )
+            self.stdout.write(f"{found - changed:,} {self.reasons} and stay as they are.")
 
 
 def _batches(rows: QuerySet[TaskModel]) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_POST, require_safe
 
 from firefly_jobs import TaskModel
+from firefly_jobs.exceptions import BadSignature, PayloadError
 
 from .forms import ScheduleForm, SearchForm
 from .library import library_directory
@@ -52,13 +53,18 @@ def task_status(_request: HttpRequest, task_id: int) -> JsonResponse:
     task = TaskModel.objects.filter(pk=task_id).first()
     if task is None:
         return JsonResponse({"error": f"There is no task {task_id}."}, status=HTTPStatus.NOT_FOUND)
+    error = task.error or None
+    try:
+        returned = task.returned
+    except (BadSignature, PayloadError) as unreadable:
+        returned, error = None, str(unreadable)
     return JsonResponse(
         {
             "id": task.id,
             "status": task.status,
             "func_name": task.func_name,
-            "returned": task.returned,
-            "error": task.error or None,
+            "returned": returned,
+            "error": error,
             "retry_attempts": task.retry_attempts,
         }
     )

@@ -403,6 +403,17 @@ def test_unknown_task_is_not_found_in_json(client: Client, task_id: int) -> None
     assert response.json() == {"error": f"There is no task {task_id}."}
 
 
+@pytest.mark.django_db
+def test_result_that_does_not_verify_is_an_error_in_json(client: Client) -> None:
+    client.post("/schedule", {"path": "colorsys.py"})
+    TaskModel.objects.update(raw_returned=f"pickle:{'0' * 64}:gASVAgA=")
+
+    answer = client.get(f"/task/{TaskModel.objects.get().pk}").json()
+
+    assert answer["returned"] is None
+    assert "carry no valid signature" in answer["error"]
+
+
 def _schedule_metadata(path: Path) -> int:
     from asgiref.sync import async_to_sync
 

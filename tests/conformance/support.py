@@ -67,25 +67,45 @@ def run_burst(*queues: str, **options: Any) -> int:
     return Consumer(list(queues) or None, burst=True, **options).run()
 
 
+def run_one(body: Callable[..., Any], **options: Any) -> TaskModel:
+    """Run ``body`` as a task and return its row."""
+    row = schedule(body, **options)
+    run_burst()
+    row.refresh_from_db()
+    return row
+
+
 @contextmanager
-def consuming(*queues: str, **options: Any) -> Iterator[Consumer]:
-    """Run a consumer in a thread of its own during the block; stop it cleanly afterwards."""
-    consumer = Consumer(list(queues) or None, **options)
-    running = Concurrent(consumer.run)
+def running(consumer: Consumer) -> Iterator[Concurrent[int]]:
+    """Run ``consumer`` in a thread of its own; stop it when the block ends, however it does.
+
+    One that was left behind would take the tasks of every test after this one.
+    """
+    exit_code = Concurrent(consumer.run)
     try:
-        yield consumer
+        yield exit_code
     finally:
         consumer.stop()
-        running.result(timeout_seconds=60)
+        exit_code.result(timeout_seconds=60)
 
 
-def run_until(condition: Callable[[], object], *, timeout_seconds: float = 20.0) -> None:
+@contextmanager
+def consuming(*queues: str, **options: Any) -> Iterator[Consumer]:
+    """Run a new consumer in a thread of its own during the block."""
+    consumer = Consumer(list(queues) or None, **options)
+    with running(consumer):
+        yield consumer
+
+
+def run_until(
+    condition: Callable[[], object], *, timeout_seconds: float = 20.0, **options: Any
+) -> None:
     """Run a consumer until ``condition`` asserts nothing false any more."""
-    with consuming():
+    with consuming(**options):
         eventually(condition, timeout_seconds=timeout_seconds)
 
 
-def run_until_ended(*rows: TaskModel, timeout_seconds: float = 20.0) -> None:
+def run_until_ended(*rows: TaskModel, timeout_seconds: float = 20.0, **options: Any) -> None:
     """Run a consumer until all ``rows`` have ended, and read them again."""
 
     def all_ended() -> None:
@@ -93,7 +113,7 @@ def run_until_ended(*rows: TaskModel, timeout_seconds: float = 20.0) -> None:
             row.refresh_from_db()
             assert TaskModel.Status(row.status).is_terminal, (row.status, row.error)
 
-    run_until(all_ended, timeout_seconds=timeout_seconds)
+    run_until(all_ended, timeout_seconds=timeout_seconds, **options)
 
 
 def claim(*queues: str, limit: int = 100, consumer: int = 1) -> list[Claim]:
@@ -261,6 +281,22 @@ def impatient_connections() -> Iterator[None]:
     connections["default"].close()
 
 
+@contextmanager
+def repeatable_reads() -> Iterator[None]:
+    """Let connections that are opened in this block see one snapshot in each transaction."""
+    level: Any = "repeatable read"
+    if VENDOR == "postgresql":
+        from django.db.backends.postgresql.psycopg_any import IsolationLevel
+
+        level = IsolationLevel.REPEATABLE_READ
+    options = connections.settings["default"].setdefault("OPTIONS", {})
+    with mock.patch.dict(options, {"isolation_level": level}):
+        connections["default"].close()
+        connections["default"].__dict__.pop("isolation_level", None)
+        yield
+    connections["default"].close()
+
+
 def update_impatiently(effect: Effect) -> None:
     """Update ``effect`` on this thread's connection; raise soon if it is locked.
 
@@ -286,6 +322,7 @@ def holds_transaction(session: int) -> bool:
         "postgresql": "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND xact_start IS NOT NULL",
         "mysql": "SELECT 1 FROM information_schema.innodb_trx WHERE trx_mysql_thread_id = %s",
     }[VENDOR]
+    _let_innodb_look()
     with second_connection() as other:
         return bool(query(other, sql, session))
 
@@ -297,8 +334,15 @@ def assert_waits_for_lock(session: int) -> None:
         "mysql": "SELECT 1 FROM information_schema.innodb_trx "
         "WHERE trx_mysql_thread_id = %s AND trx_state = 'LOCK WAIT'",
     }[VENDOR]
+    _let_innodb_look()
     with second_connection() as other:
         assert query(other, sql, session), "it does not wait for a lock"
+
+
+def _let_innodb_look() -> None:
+    # Its list of transactions is a copy, renewed only if nobody has read it for 0.1 s.
+    if VENDOR == "mysql":
+        threading.Event().wait(0.12)
 
 
 def deadlock(mine: Effect, theirs: Effect) -> None:

@@ -52,3 +52,15 @@ async def anothing() -> None:
 def insert(key: str, value: int = 1) -> int:
     """Leave one row and return its id."""
     return Effect.objects.create(task_key=key, value=value).pk
+
+
+@task(group_commit=False)
+def insert_by_itself(key: str) -> None:
+    """Leave one row, in a transaction of its own whatever the consumer does."""
+    Effect.objects.create(task_key=key, value=1)
+
+
+@task(group_commit=True)
+def insert_in_groups() -> None:
+    """Leave one row, committed with those of others."""
+    Effect.objects.create(task_key="grouped", value=1)

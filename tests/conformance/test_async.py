@@ -1,7 +1,9 @@
 """Coroutine tasks: thousands wait in one process, each with its transaction once it queries."""
 
 import asyncio
+import logging
 import sys
+import threading
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
@@ -10,15 +12,18 @@ from django.db.backends.signals import connection_created
 
 from firefly_jobs import current_task
 from firefly_jobs.exceptions import LaneTimeoutError
+from firefly_jobs.executors.coroutines import CoroutineLoop
 from firefly_jobs.models import TaskAttempt, TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import (
     Gate,
     Watch,
+    consuming,
     effects,
     outcomes,
     outside,
     run_burst,
+    run_one,
     run_until_ended,
     schedule,
     status_seen_outside,
@@ -27,23 +32,6 @@ from tests.conformance.support import (
 from tests.testapp.models import Effect
 
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "other"])
-
-
-@pytest.fixture
-def jobs(settings):
-    """Change ``FIREFLY_JOBS`` for this test."""
-
-    def change(**values):
-        settings.FIREFLY_JOBS = {**settings.FIREFLY_JOBS, **values}
-
-    return change
-
-
-def run_one(body, **options):
-    row = schedule(body, **options)
-    run_burst()
-    row.refresh_from_db()
-    return row
 
 
 async def acreate(value=1):
@@ -165,14 +153,17 @@ def test_without_atomic_effects_stay_when_the_coroutine_fails():
 
 def test_waiting_too_long_for_a_lane_ends_the_attempt_as_lost_naming_the_holders(jobs):
     jobs(ASYNC_CONNECTIONS=1, LANE_TIMEOUT=0.3)
-    held, timed_out = Gate(), Gate()
+    begun, held, timed_out = Gate(), Gate(), Gate()
 
     async def hold():
+        # Not before both are claimed: on SQLite nobody can be while it has queried.
+        await begun.wait()
         await Effect.objects.acount()
         held.open()
         await timed_out.wait()
 
     async def wait():
+        begun.open()
         await held.wait()
         try:
             await acreate()
@@ -193,14 +184,17 @@ def test_waiting_too_long_for_a_lane_ends_the_attempt_as_lost_naming_the_holders
 
 def test_a_swallowed_lane_timeout_is_no_success(jobs):
     jobs(ASYNC_CONNECTIONS=1, LANE_TIMEOUT=0.3)
-    held, timed_out = Gate(), Gate()
+    begun, held, timed_out = Gate(), Gate(), Gate()
 
     async def hold():
+        # Not before both are claimed: on SQLite nobody can be while it has queried.
+        await begun.wait()
         await Effect.objects.acount()
         held.open()
         await timed_out.wait()
 
     async def wait():
+        begun.open()
         await held.wait()
         try:
             await acreate()
@@ -442,6 +436,40 @@ def test_a_coroutine_that_cancels_itself_without_a_query_fails():
     assert (row.status, outcomes(row)) == ("failed", ["failed"])
 
 
+def test_a_coroutine_that_is_interrupted_while_it_commits_has_completed(monkeypatch, caplog):
+    committed, interrupted = threading.Event(), threading.Event()
+    cancel_all = CoroutineLoop._cancel_all
+
+    def cancel_all_and_tell(loop):
+        cancel_all(loop)
+        interrupted.set()
+
+    def callback():
+        committed.set()
+        assert interrupted.wait(20)
+
+    @sync_to_async
+    def work():
+        create()
+        transaction.on_commit(callback)
+
+    async def body():
+        await work()
+
+    monkeypatch.setattr(CoroutineLoop, "_cancel_all", cancel_all_and_tell)
+    caplog.set_level(logging.INFO, logger="firefly_jobs")
+    row = schedule(body)
+    with consuming(shutdown_timeout=0.0) as consumer:
+        assert committed.wait(20)
+        consumer.stop()
+
+    row.refresh_from_db()
+    assert (row.status, outcomes(row), effects()) == ("completed", [], [1])
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("completed in" in text for text in said) == 1, said
+    assert not any("LeaseLost" in text for text in said), said
+
+
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
 def test_an_exception_that_would_end_a_process_fails_only_the_coroutine(error):
     async def body():
@@ -589,14 +617,17 @@ def test_a_child_task_that_exits_fails_its_task_and_leaves_the_others_alone():
 
 def test_a_query_after_a_swallowed_lane_timeout_fails_instead_of_waiting_for_ever(jobs):
     jobs(ASYNC_CONNECTIONS=1, LANE_TIMEOUT=0.3)
-    held, timed_out = Gate(), Gate()
+    has_started, held, timed_out = Gate(), Gate(), Gate()
 
     async def hold():
+        # While its transaction is open nothing can be claimed on SQLite.
+        await has_started.wait()
         await Effect.objects.acount()
         held.open()
         await timed_out.wait()
 
     async def insist():
+        has_started.open()
         await held.wait()
         for _ in range(2):
             try:

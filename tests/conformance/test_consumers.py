@@ -34,16 +34,6 @@ from tests.testapp.models import Effect
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
-@pytest.fixture
-def jobs(settings):
-    """Change ``FIREFLY_JOBS`` for this test."""
-
-    def change(**values):
-        settings.FIREFLY_JOBS = {**settings.FIREFLY_JOBS, **values}
-
-    return change
-
-
 def count(status):
     return TaskModel.objects.filter(status=status).count()
 
@@ -87,7 +77,9 @@ def test_a_consumer_that_stops_leaves_no_row_running():
 
     assert_status(row, "completed")
     for other in others:
-        assert_status(other, "created")
+        other.refresh_from_db()
+        # Given back, unless it was claimed and called before the stop was heard.
+        assert other.status in {"created", "completed"}
     assert not ConsumerModel.objects.exists()
 
 
@@ -246,6 +238,31 @@ def test_a_consumer_that_was_rescued_goes_on_under_a_new_id(jobs):
     assert not ConsumerModel.objects.exists()
 
 
+def test_a_rescue_that_is_noticed_late_does_not_cost_the_new_id(jobs):
+    jobs(LEASE_SECONDS=0.6, CONSUMER_NAP_TIME=0.1)
+    has_told_late = threading.Event()
+
+    with consuming() as consumer:
+        former = eventually(the_consumer).pk
+        tell = consumer._heartbeat._on_rescued
+
+        def tell_again_late(*args):
+            tell(*args)
+            eventually(the_consumer)
+            tell(*args)
+            has_told_late.set()
+
+        consumer._heartbeat._on_rescued = tell_again_late
+        ConsumerModel.objects.filter(pk=former).delete()
+        assert has_told_late.wait(20)
+        renewed = the_consumer()
+        row = tasks.insert.schedule("after", 1)
+        eventually(lambda: assert_status(row, "completed"))
+
+        assert row.consumer == renewed.pk
+        assert the_consumer().pk == renewed.pk
+
+
 def test_a_consumer_releases_rows_that_carry_its_id_and_that_it_does_not_hold(jobs):
     jobs(LEASE_SECONDS=0.6, CONSUMER_NAP_TIME=0.1)
 
@@ -385,6 +402,37 @@ def test_a_burst_ends_with_code_0_when_nothing_is_due():
     assert_status(later, "created")
 
 
+def test_a_burst_runs_what_a_call_scheduled_while_the_consumer_looked(jobs):
+    # It has to look while the call runs, although nothing wakes it.
+    jobs(CONSUMER_NAP_TIME=0.1)
+    has_run, in_body, may_end = threading.Event(), threading.Event(), threading.Event()
+
+    def body():
+        in_body.set()
+        assert may_end.wait(20)
+        schedule(has_run.set)
+
+    schedule(body)
+    consumer = Consumer(burst=True)
+    look = consumer._claimer.claim
+
+    def look_before_the_call_ends(*args, **options):
+        found = look(*args, **options)
+        if in_body.is_set() and not may_end.is_set():
+            may_end.set()
+
+            def has_ended():
+                assert consumer._holdings.is_empty
+
+            eventually(has_ended)
+        return found
+
+    with mock.patch.object(consumer._claimer, "claim", look_before_the_call_ends):
+        assert consumer.run() == 0
+
+    assert has_run.is_set()
+
+
 def test_a_burst_of_nothing_ends_with_code_0():
     assert run_burst() == 0
 
@@ -500,6 +548,9 @@ def test_what_waits_behind_a_slow_task_is_released_and_run_by_another_consumer()
         started.set()
         assert may_end.wait(30)
 
+    def is_all_that_runs():
+        assert count("running") == 1
+
     plant(300)
     # So much that it is surely claimed together with the slow one.
     row = schedule(slow)
@@ -507,6 +558,8 @@ def test_what_waits_behind_a_slow_task_is_released_and_run_by_another_consumer()
     with consuming():
         try:
             assert started.wait(20)
+            # Within a second; a loaded machine gets some more.
+            eventually(is_all_that_runs, timeout_seconds=5.0)
             with consuming():
                 eventually(lambda: assert_completed(600))
             assert_status(row, "running")

@@ -5,7 +5,7 @@ import logging
 import pytest
 from django.db import transaction
 
-from firefly_jobs import current_task, lifecycle
+from firefly_jobs import current_task, fencing, lifecycle
 from firefly_jobs.attempts import Ended, Settlement
 from firefly_jobs.databases import Completion
 from firefly_jobs.exceptions import LeaseLost
@@ -180,14 +180,14 @@ def test_a_batch_keeps_results_of_any_length_and_alphabet():
 
 def test_was_settled_is_true_only_under_the_fence_that_settled():
     stale, current, _, _ = stolen_claim()
-    assert not lifecycle.was_settled(stale, using="default")
-    assert not lifecycle.was_settled(current, using="default")
+    assert not fencing.was_settled(stale, using="default")
+    assert not fencing.was_settled(current, using="default")
 
     lifecycle.complete(completion(current), using="default")
 
-    assert lifecycle.was_settled(current, using="default")
-    assert lifecycle.was_settled(completion(current), using="default")
-    assert not lifecycle.was_settled(stale, using="default")
+    assert fencing.was_settled(current, using="default")
+    assert fencing.was_settled(completion(current), using="default")
+    assert not fencing.was_settled(stale, using="default")
 
 
 def test_was_settled_is_false_of_a_retry_since_the_row_goes_on():
@@ -196,7 +196,7 @@ def test_was_settled_is_false_of_a_retry_since_the_row_goes_on():
     retried = settlement(held, Ended.RETRIED, Status.CREATED, delay_seconds=5.0, retries=1)
     lifecycle.settle(retried, using="default", consumer=1)
 
-    assert not lifecycle.was_settled(held, using="default")
+    assert not fencing.was_settled(held, using="default")
 
 
 # --- rescue

@@ -4,6 +4,7 @@ import sys
 import threading
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.db import DatabaseError, IntegrityError, OperationalError, connection, transaction
 
 from firefly_jobs.models import TaskModel
@@ -18,6 +19,7 @@ from tests.conformance.support import (
     prepare_deadlock,
     query,
     run_burst,
+    run_one,
     run_until_ended,
     schedule,
     second_connection,
@@ -34,14 +36,6 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 def create(value=1):
     return Effect.objects.create(task_key="lazy", value=value)
-
-
-def run_one(body, **options):
-    """Run ``body`` as a task and return its row."""
-    row = schedule(body, **options)
-    run_burst()
-    row.refresh_from_db()
-    return row
 
 
 # --- before the first query
@@ -79,9 +73,11 @@ class Waiting:
     __name__ = "waiting"
 
 
-@pytest.fixture(params=[False, True], ids=["idle", "has queried"])
+@pytest.fixture(params=["idle", "has queried"])
 def waiting(request):
-    task = Waiting(queries=request.param)
+    # Not the first one on its connection, since hardly any call is.
+    schedule(create)
+    task = Waiting(queries=request.param == "has queried")
     row = schedule(task)
     with consuming():
         try:
@@ -249,6 +245,36 @@ def test_a_raising_callback_changes_no_outcome_and_stops_no_other_callback(error
     assert seen == ["first", "last"]
     assert effects() == [1, 2]
     assert "on_commit callback" in caplog.text
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_shutdown_that_interrupts_calls_does_not_stop_callbacks_of_committed_ones(is_async):
+    seen, has_committed, may_go_on = [], threading.Event(), threading.Event()
+
+    def first():
+        has_committed.set()
+        assert may_go_on.wait(20)
+        seen.append("first")
+
+    def body():
+        create(1)
+        transaction.on_commit(first)
+        transaction.on_commit(lambda: seen.append("last"))
+
+    async def abody():
+        await sync_to_async(body)()
+
+    row = schedule(abody if is_async else body)
+    with consuming(shutdown_timeout=0.0) as consumer:
+        assert has_committed.wait(20)
+        consumer.stop()
+        # The lane is told to interrupt its call while the first callback runs.
+        consumer._slots.interrupt()
+        may_go_on.set()
+
+    row.refresh_from_db()
+    assert row.status == "completed"
+    assert seen == ["first", "last"]
 
 
 def test_a_callback_may_open_a_transaction_and_schedule():

@@ -21,6 +21,7 @@ from tests.conformance.support import (
     prepare_deadlock,
     query,
     run_burst,
+    run_one,
     run_until_ended,
     schedule,
     second_connection,
@@ -32,23 +33,6 @@ from tests.support.threads import Concurrent
 from tests.testapp.models import Effect
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def jobs(settings):
-    """Change ``FIREFLY_JOBS`` for this test."""
-
-    def change(**values):
-        settings.FIREFLY_JOBS = {**settings.FIREFLY_JOBS, **values}
-
-    return change
-
-
-def run_one(body, **options):
-    row = schedule(body, **options)
-    run_burst()
-    row.refresh_from_db()
-    return row
 
 
 def make_due(row):
@@ -524,6 +508,7 @@ def test_a_row_brought_back_by_a_person_has_all_its_retries_again():
     assert outcomes(row) == ["retried", "failed"] * 2
     row.refresh_from_db()
     assert row.status == "failed"
+    assert row.not_before is not None
     assert abs(row.not_before - timezone.now()) < timedelta(minutes=1)
     assert connections["default"].in_atomic_block is False
 

@@ -6,11 +6,16 @@ A call that has to wait for its test waits for a file.
 """
 
 import asyncio
+import contextlib
+import multiprocessing
+import os
+import sys
+import threading
 import time
 from pathlib import Path
 
 from asgiref.sync import sync_to_async
-from django.db import connection, transaction
+from django.db import OperationalError, connection, transaction
 
 from firefly_jobs import atask, task
 from tests.support.waiting import eventually
@@ -85,6 +90,63 @@ def write_slowly(key: str, seconds: float) -> None:
     """Work for a while with the row written and not committed."""
     Effect.objects.create(task_key=key)
     time.sleep(seconds)  # noqa: TID251 - the work
+
+
+@task
+def write_and_catch_a_lock_time_out(key: str, locked: int) -> None:
+    """Write one row, wait for a row that somebody has locked, and go on without it."""
+    Effect.objects.create(task_key=key)
+    with connection.cursor() as cursor:
+        cursor.execute("SET innodb_lock_wait_timeout = 1")
+        with contextlib.suppress(OperationalError):
+            cursor.execute(
+                f"SELECT id FROM {Effect._meta.db_table} WHERE id = %s FOR UPDATE",
+                [locked],
+            )
+
+
+@task
+def fork_and_end_children(key: str) -> list[int | None]:
+    """Write one row beside forked processes that are ended before they end."""
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=threading.Event().wait, args=(60,)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.terminate()
+        child.join(20)
+    Effect.objects.create(task_key=key)
+    return [child.exitcode for child in children]
+
+
+def _fork(key: str, how: str) -> int | None:
+    """Write one row and fork; return the child's exit code, and in the child do as told."""
+    Effect.objects.create(task_key=key)
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if how == "exit":
+        sys.exit(3)
+    if how == "raise":
+        raise ValueError("in the child")
+    return None
+
+
+@task
+def fork_and_leave(key: str, how: str) -> int | None:
+    """Fork a child that leaves the call in a way of its own."""
+    return _fork(key, how)
+
+
+@task
+def fork_a_child_that_stays(key: str) -> int:
+    """Fork a child that outlives the call; return its process id."""
+    Effect.objects.create(task_key=key)
+    child = os.fork()
+    if child == 0:
+        threading.Event().wait(60)
+        os._exit(0)
+    return child
 
 
 # --- short calls that are counted
@@ -200,6 +262,29 @@ async def write_await_and_announce(calls: str, key: str, gate: str, announced: s
     await Effect.objects.acreate(task_key=key, note=announced)
     await sync_to_async(transaction.on_commit)(lambda: call_made(announced, key))
     await await_at(gate)
+
+
+def _announce_without_end(gate: str, announced: str) -> None:
+    Effect.objects.create(task_key="committed")
+
+    def endless() -> None:
+        arrived(gate)
+        time.sleep(ENDLESS_SECONDS)  # noqa: TID251 - the callback that the process does not wait for
+
+    transaction.on_commit(endless)
+    transaction.on_commit(lambda: call_made(announced, "second"))
+
+
+@task
+def write_and_announce_without_end(gate: str, announced: str) -> None:
+    """Write, and register two callbacks, the first of which does not end."""
+    _announce_without_end(gate, announced)
+
+
+@atask
+async def awrite_and_announce_without_end(gate: str, announced: str) -> None:
+    """Do the same in a coroutine."""
+    await sync_to_async(_announce_without_end)(gate, announced)
 
 
 # --- calls that do not end by themselves

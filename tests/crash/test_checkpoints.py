@@ -38,17 +38,22 @@ def keys_of(kind: str) -> list[str]:
     return [f"{kind}-{number}" for number in range(ROWS)]
 
 
+@pytest.mark.parametrize("arguments", [(), ("--threads", "3")], ids=["one lane", "threads"])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_work_of_consumers_killed_at_a_checkpoint_is_done_once_by_another(consume, checkpoint):
+def test_work_of_consumers_killed_at_a_checkpoint_is_done_once_by_another(
+    consume, checkpoint, arguments
+):
     kinds = [kind for kind in KINDS if (kind, checkpoint) not in NEVER_REACHED]
     for kind in kinds:
         for key in keys_of(kind):
             schedule(KINDS[kind].using(queue=kind), key)
-    dying = [consume("--queue", kind, checkpoint=f"{checkpoint}:kill") for kind in kinds]
+    dying = [
+        consume("--queue", kind, *arguments, checkpoint=f"{checkpoint}:kill") for kind in kinds
+    ]
     assert [consumer.wait() for consumer in dying] == [-signal.SIGKILL] * len(kinds)
     assert not work_is_done(kinds)
 
-    survivor = consume("--queue", ",".join(kinds))
+    survivor = consume("--queue", ",".join(kinds), *arguments)
 
     def is_done() -> None:
         assert work_is_done(kinds), describe_rows()
@@ -62,6 +67,35 @@ def test_work_of_consumers_killed_at_a_checkpoint_is_done_once_by_another(consum
     failures = TaskAttempt.objects.filter(outcome="failed").values_list("task_id", flat=True)
     failed = TaskModel.objects.filter(queue="failing").values_list("pk", flat=True)
     assert Counter(failures) == Counter(failed)
+    stops_in_order(survivor)
+
+
+# With groups a claim, an outcome and a COMMIT stand for many calls; the first few calls of a
+# task join none.
+TIMES = {"executing": 25, "called": 25}
+GROUPED_ROWS = 60
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_work_of_a_consumer_killed_amid_a_group_is_done_once_by_another(consume, checkpoint):
+    keys = [f"key-{number}" for number in range(GROUPED_ROWS)]
+    for number, key in enumerate(keys):
+        schedule(tasks.write_and_fail if number % 10 == 7 else tasks.write, key)
+    times = TIMES.get(checkpoint, 5)
+    dying = consume("--group-commit", checkpoint=f"{checkpoint}:kill:{times}")
+    assert dying.wait() == -signal.SIGKILL
+    assert TaskModel.objects.filter(status__in=["created", "running"]).exists()
+
+    survivor = consume("--group-commit")
+
+    def is_done() -> None:
+        ended = Counter(TaskModel.objects.values_list("status", flat=True))
+        failed = len(keys[7::10])
+        assert ended == {"completed": len(keys) - failed, "failed": failed}, describe_rows()
+
+    eventually(is_done, timeout_seconds=20.0)
+    assert effects() == Counter(key for n, key in enumerate(keys) if n % 10 != 7)
+    assert not TaskModel.objects.exclude(retry_attempts=0).exists()
     stops_in_order(survivor)
 
 

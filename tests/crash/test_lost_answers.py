@@ -32,6 +32,11 @@ BATCH = {"postgresql": rb"json_array_elements", "mysql": rb"JSON_TABLE"}[
     VENDOR if VENDOR != "sqlite" else "mysql"
 ]
 
+# What asks which tables there are.
+TABLES = {"postgresql": rb"pg_catalog\.pg_class", "mysql": rb"information_schema\.tables"}[
+    VENDOR if VENDOR != "sqlite" else "mysql"
+]
+
 
 @pytest.fixture
 def consume_over(consume, database_proxy):
@@ -56,7 +61,7 @@ def test_commit_whose_answer_was_lost_is_found_out_and_acted_on_once(  # noqa: P
     gate.open()
 
     assert consumer.wait() == 0, consumer.output
-    assert rule.fired.is_set()
+    assert rule.fired.wait(20)
     row.refresh_from_db()
     assert (row.status, row.fence) == ("completed", 1)
     assert effects() == calls.count() == announced.count() == {"key": 1}
@@ -120,12 +125,27 @@ def test_claim_whose_answer_was_lost_is_released_by_its_owner_and_runs(
     consumer = consume_over()
 
     rows_ended()
-    assert rule.fired.is_set()
+    assert rule.fired.wait(20)
     consumer.wait_for_line("claimed for this consumer without its knowledge")
     assert effects() == calls.count() == {f"key-{n}": 1 for n in range(3)}
     assert TaskModel.objects.get(pk=rows[0].pk).fence == 2
     nothing_was_spent()
     stops_in_order(consumer)
+
+
+@pytest.mark.parametrize(
+    "step", [TABLES, rb"INTO .firefly_jobs_consumermodel"], ids=["tables", "registration"]
+)
+def test_consumer_whose_first_steps_get_no_answer_tries_again(consume_over, database_proxy, step):
+    schedule(tasks.write, "key")
+    rule = database_proxy.lose_answer(after_match=step)
+
+    consumer = consume_over("--max-tasks", "1")
+
+    assert consumer.wait() == 0, consumer.output
+    assert rule.fired.is_set()
+    assert "Waiting for database" in consumer.output
+    assert effects() == {"key": 1}
 
 
 @pytest.mark.parametrize("kind", COUNTING)
@@ -139,7 +159,7 @@ def test_batched_settling_whose_answer_was_lost_completes_each_task_once(
     consumer = consume_over()
 
     rows_ended()
-    assert rule.fired.is_set()
+    assert rule.fired.wait(20)
     assert calls.count() == dict.fromkeys(keys, 1)
     assert "LeaseLost" not in consumer.output
     fences = TaskModel.objects.filter(pk__in=[row.pk for row in rows]).values_list("fence")
@@ -155,7 +175,7 @@ def test_failure_whose_answer_was_lost_is_recorded_once(consume_over, database_p
     consumer = consume_over()
 
     rows_ended(status="failed")
-    assert rule.fired.is_set()
+    assert rule.fired.wait(20)
     assert calls.count() == {"key": 1}
     assert TaskAttempt.objects.get().outcome == "failed"
     stops_in_order(consumer)

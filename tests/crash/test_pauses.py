@@ -23,6 +23,8 @@ BEFORE_THE_FIRST_QUERY: Kinds = {"sync": tasks.wait_then_write, "async": tasks.a
 AFTER_THE_FIRST_QUERY: Kinds = {"sync": tasks.write_then_wait, "async": tasks.write_then_await}
 WRITING: Kinds = {"sync": tasks.write, "async": tasks.awrite}
 
+COUNTING: Kinds = {"sync": tasks.count, "async": tasks.acount}
+
 
 def wakes_up_as_another(paused, former_id, *, after):
     """Wait until ``paused`` has dropped its call and works again, and return its new id."""
@@ -64,6 +66,25 @@ def test_consumer_stopped_before_its_call_and_rescued_changes_nothing_and_goes_o
     assert (ended.fence, ended.completed) == (row.fence, row.completed)
     assert effects() == {"key": 1}
     can_run_new_tasks(paused, new_id, kind)
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_claim_that_was_rescued_before_its_call_started_is_not_called(consume, calls, kind):
+    row = schedule(COUNTING[kind], str(calls), "key")
+    paused = consume(checkpoint="claimed:stop")
+    paused.wait_until_stopped()
+    former_id = consumer_id(paused)
+    rescuer = consume()
+    rows_ended()
+    stops_in_order(rescuer)
+
+    printed = len(paused.lines)
+    paused.resume()
+
+    assert consumer_id(paused, after=printed) != former_id
+    can_run_new_tasks(paused, consumer_id(paused, after=printed), "sync")
+    assert TaskModel.objects.get(pk=row.pk).consumer == consumer_id(rescuer)
+    assert calls.count() == {"key": 1}
 
 
 @pytest.mark.parametrize("kind", WRITING)
@@ -133,9 +154,8 @@ def test_consumer_paused_while_its_outcome_waits_for_the_settler_changes_nothing
 
 
 @pytest.mark.sqlite
-@pytest.mark.mysql
 def test_consumer_paused_between_outcome_and_commit_keeps_its_task(consume):
-    """It has locked the row, or the file, so nobody can take the task over."""
+    """It has locked the file, so nobody can take the task over."""
     other = consume("--queue", "another")
     consumer_id(other)
     row = schedule(tasks.write, "key")
@@ -154,7 +174,7 @@ def test_consumer_paused_between_outcome_and_commit_keeps_its_task(consume):
     stops_in_order(paused)
 
 
-@pytest.mark.postgresql
+@pytest.mark.server
 def test_consumer_paused_between_outcome_and_commit_does_not_keep_its_task_for_ever(consume):
     """Its session has locked the row; ending that session is part of the rescue."""
     row = schedule(tasks.write, "key")

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from django.db import connections
+from django.db import connections, transaction
 
 from firefly_jobs.models import ConsumerModel, TaskModel
 from tests.crash import tasks
@@ -141,6 +141,40 @@ def test_restart_in_the_middle_of_a_call_that_touches_nothing_does_not_repeat_it
     rows_ended(using=ALIAS, timeout_seconds=40.0)
     assert calls.count() == {"sync": 1, "async": 1}
     nothing_was_spent(using=ALIAS)
+    stops_in_order(consumer)
+
+
+@pytest.mark.mysql
+def test_lock_time_out_that_rolls_everything_back_is_seen_though_it_is_caught(
+    server, consume_there
+):
+    """On a server with ``innodb_rollback_on_timeout`` the effects before it are gone."""
+    with transaction.atomic(using=ALIAS):
+        locked = Effect.objects.using(ALIAS).create(task_key="locked", value=0)
+    row = schedule(there(tasks.write_and_catch_a_lock_time_out), "key", locked.pk)
+    with transaction.atomic(using=ALIAS):
+        Effect.objects.using(ALIAS).select_for_update().get(pk=locked.pk)
+        consumer = consume_there()
+        rows_ended(using=ALIAS, status="failed")
+
+    row.refresh_from_db()
+    assert "TransactionDoomedError" in row.error
+    assert effects(using=ALIAS) == {"locked": 1}
+    stops_in_order(consumer)
+
+
+def test_consumer_that_starts_before_its_server_waits_for_it(server, consume_there):
+    row = schedule(there(tasks.write), "key")
+    server.stop()
+    consumer = consume_there()
+    consumer.wait_for_line("Waiting for database")
+
+    server.start()
+
+    forget_connection()
+    rows_ended(using=ALIAS)
+    assert effects(using=ALIAS) == {"key": 1}
+    assert TaskModel.objects.using(ALIAS).get(pk=row.pk).consumer == consumer_id(consumer)
     stops_in_order(consumer)
 
 

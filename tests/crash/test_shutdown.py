@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 from django.db import connection
 
+from firefly_jobs import schedule_many
 from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskModel
 from tests.crash import tasks
 from tests.crash.conftest import (
@@ -18,6 +19,7 @@ from tests.crash.conftest import (
     nothing_was_spent,
     rows_ended,
     schedule,
+    statuses,
     stops_in_order,
     time_passes,
 )
@@ -33,6 +35,11 @@ STUCK: Kinds = {
     "query": tasks.sleep_in_the_database,
     "coroutine": tasks.asleep,
     "coroutine-thread": tasks.asleep_in_a_thread,
+}
+
+ANNOUNCING_WITHOUT_END: Kinds = {
+    "sync": tasks.write_and_announce_without_end,
+    "async": tasks.awrite_and_announce_without_end,
 }
 
 
@@ -92,6 +99,47 @@ def no_session_is_left(transactional_db):
             )
 
 
+@pytest.mark.parametrize("arguments", [[], ["--processes", "2"], ["--reload"]], ids=" ".join)
+def test_a_task_may_end_processes_that_it_forked(consume, arguments):
+    """Their signals are not the consumer's, though they were forked from it."""
+    row = schedule(tasks.fork_and_end_children, "key")
+    consumer = consume(*arguments)
+
+    rows_ended()
+
+    row.refresh_from_db()
+    assert row.returned == [-signal.SIGTERM] * 3
+    assert schedule(tasks.write, "after").pk
+    rows_ended()
+    assert "Received" not in consumer.output
+    stops_in_order(consumer)
+
+
+@pytest.mark.parametrize(("how", "code"), [("exit", 3), ("return", 0), ("raise", 1)])
+def test_child_that_leaves_the_call_it_was_forked_in_ends_and_settles_nothing(consume, how, code):
+    row = schedule(tasks.fork_and_leave, "key", how)
+    consumer = consume()
+
+    rows_ended()
+
+    row.refresh_from_db()
+    assert row.returned == code
+    assert effects() == {"key": 1}
+    stops_in_order(consumer)
+
+
+def test_child_that_stays_does_not_keep_the_consumer(consume):
+    row = schedule(tasks.fork_a_child_that_stays, "key")
+    consumer = consume()
+    rows_ended()
+
+    stops_in_order(consumer)
+
+    row.refresh_from_db()
+    os.kill(row.returned, signal.SIGKILL)
+    assert effects() == {"key": 1}
+
+
 def stuck_calls():
     for kind in STUCK:
         marks = [pytest.mark.server] if kind == "query" else []
@@ -116,6 +164,49 @@ def test_call_that_outlasts_the_shutdown_timeout_is_given_back_unspent(
     assert not effects()
     nothing_was_spent()
     assert [attempt.outcome for attempt in TaskAttempt.objects.all()] == ["released"]
+    assert not ConsumerModel.objects.exists()
+
+
+@pytest.mark.parametrize("kind", ANNOUNCING_WITHOUT_END)
+def test_callbacks_that_outlast_the_shutdown_timeout_are_dropped_and_the_log_says_so(
+    consume, gate, announced, kind
+):
+    row = schedule(ANNOUNCING_WITHOUT_END[kind], str(gate), str(announced))
+    consumer = consume("--shutdown-timeout", "0.3")
+    gate.wait_until_reached()
+
+    consumer.terminate()
+
+    ends_soon(consumer)
+    row.refresh_from_db()
+    assert row.status == "completed"
+    assert (effects(), announced.count()) == ({"committed": 1}, {})
+    assert f"Task {row.pk} has committed, but its on_commit callbacks" in consumer.output
+    # Its own sessions were ended, and nobody should take that for trouble of the server's.
+    assert "Stopped listening" not in consumer.output
+    assert not ConsumerModel.objects.exists()
+
+
+@pytest.mark.server
+def test_coroutines_that_wait_for_a_connection_are_given_back_soon_and_unspent(
+    consume, gate, calls
+):
+    rows = schedule_many(
+        [tasks.write_then_await.job.with_args(str(calls), str(n), str(gate)) for n in range(500)]
+    )
+    consumer = consume("--async-slots", "500", "--shutdown-timeout", "0.2")
+
+    def all_run() -> None:
+        assert calls.count().total() == len(rows)
+
+    eventually(all_run, timeout_seconds=30.0)
+
+    consumer.terminate()
+
+    ends_soon(consumer)
+    assert statuses() == {"created": len(rows)}
+    assert not effects()
+    nothing_was_spent()
     assert not ConsumerModel.objects.exists()
 
 

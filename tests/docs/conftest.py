@@ -18,6 +18,8 @@ PROJECT = Path(__file__).parent / "project"
 def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Install the app of the examples; forget its tasks afterwards."""
     monkeypatch.syspath_prepend(PROJECT)
+    for name in ("firefly_jobs.contrib.jobs", "firefly_jobs.contrib.celery.jobs"):
+        import_module(name)  # its types stay known
     known = dict(registry._tasks)
     with modify_settings(INSTALLED_APPS={"append": "shop"}):
         order = import_module("shop.models").Order

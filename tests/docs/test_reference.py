@@ -15,9 +15,13 @@ from django.core.management.base import BaseCommand
 from django.db import models
 
 import firefly_jobs
+from benchmarks.catalogue import BENCHMARKS
 from firefly_jobs import attempts, conf, exceptions, lifecycle, options, retries, slots, states
 from firefly_jobs.admin import presentation, rows, tasks
-from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskModel
+from firefly_jobs.contrib.celery import CeleryJob
+from firefly_jobs.contrib.jobs import EmailJob, HTTPRequestJob, SQLQueryJob
+from firefly_jobs.jobs import Job
+from firefly_jobs.models import ConcurrencySlot, ConsumerModel, RateBucket, TaskAttempt, TaskModel
 
 from .pages import DOCS, headings, read, section, table
 
@@ -75,7 +79,11 @@ def test_every_exception_is_documented() -> None:
     assert set(table(read("reference/errors.md"))) == actual
 
 
-@pytest.mark.parametrize("model", [TaskModel, TaskAttempt, ConsumerModel], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model",
+    [TaskModel, TaskAttempt, ConsumerModel, ConcurrencySlot, RateBucket],
+    ids=lambda m: m.__name__,
+)
 def test_every_field_is_documented(model: type[models.Model]) -> None:
     documented = set(table(section(read("reference/models.md"), model.__name__)))
     assert documented == {field.name for field in model._meta.fields}
@@ -141,6 +149,17 @@ def test_every_status_and_outcome_is_documented() -> None:
     assert set(table(section(text, "Outcomes"))) == {e.value for e in TaskAttempt.Outcome}
 
 
+def test_every_benchmark_is_documented_with_its_sizes() -> None:
+    rows = table(section(read("explanation/performance.md"), "Benchmarks"))
+    documented = {name: cells[-1] for name, cells in rows.items()}
+    assert documented == {
+        benchmark.name: ", ".join(
+            f"`--{name}` {size.default}" for name, size in benchmark.sizes.items()
+        )
+        for benchmark in BENCHMARKS
+    }
+
+
 def test_every_retry_strategy_is_documented_with_its_arguments() -> None:
     text = read("reference/retries.md")
     for name in ("Fixed", "Exponential", "RandomDelay"):
@@ -149,6 +168,12 @@ def test_every_retry_strategy_is_documented_with_its_arguments() -> None:
         assert documented == {f.name: f"`{f.default!r}`" for f in dataclasses.fields(strategy)}
     kinds = {cls.__name__ for cls in retries._KINDS.values() if cls.__module__ == retries.__name__}
     assert kinds == {"Fixed", "Exponential", "RandomDelay"}
+
+
+@pytest.mark.parametrize("kind", [HTTPRequestJob, EmailJob, SQLQueryJob, CeleryJob])
+def test_every_argument_of_a_ready_made_type_is_documented(kind: type[Job]) -> None:
+    documented = set(table(section(read("reference/ready-made.md"), kind.__name__)))
+    assert documented == set(kind.task.signature.plain.parameters)
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -2,14 +2,17 @@
 
 Blocks whose first line is a path are written to that file ("at the end": appended).  Lines of
 ``console`` blocks that start with ``$`` are run; the others must be in their output, in
-order, with ``…`` for anything.
+order, with ``…`` for anything.  ``^C`` interrupts the command once it has printed what is
+above.
 """
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -17,6 +20,7 @@ from .pages import DOCS, Block, blocks
 
 TUTORIAL = DOCS / "tutorial.md"
 SECONDS_MAX = 60
+INTERRUPT = "^C"
 
 
 def _environment() -> dict[str, str]:
@@ -49,21 +53,33 @@ def _steps(block: Block) -> list[tuple[str, list[str]]]:
 
 
 def _run(command: str, expected: list[str], directory: Path) -> None:
-    done = subprocess.run(
-        ["bash", "-c", command],
+    with subprocess.Popen(
+        ["bash", "-c", f"exec {command}" if INTERRUPT in expected else command],
         cwd=directory,
         env=_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=SECONDS_MAX,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}"
-    lines = iter(done.stdout.splitlines())
-    for text in expected:
-        pattern = ".*".join(re.escape(part) for part in text.split("…"))
-        assert any(re.fullmatch(pattern, line) for line in lines), f"{text}\n{done.stdout}"
+    ) as process:
+        assert process.stdout is not None
+        overdue = Timer(SECONDS_MAX, process.kill)
+        overdue.start()
+        printed: list[str] = []
+        for text in expected:
+            if text == INTERRUPT:
+                process.send_signal(signal.SIGINT)
+                continue
+            pattern = ".*".join(re.escape(part) for part in text.split("…"))
+            for line in process.stdout:
+                printed.append(line)
+                if re.fullmatch(pattern, line.rstrip("\n")):
+                    break
+            else:
+                pytest.fail(f"{text}\n{''.join(printed)}")
+        printed += process.stdout
+        code = process.wait()
+        overdue.cancel()
+    assert code == 0, f"{command}\n{''.join(printed)}"
 
 
 @pytest.mark.timeout(240)

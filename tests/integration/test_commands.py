@@ -279,3 +279,43 @@ def test_every_batch_is_a_transaction_of_its_own(monkeypatch):
 
     assert out.getvalue() == "2 completed tasks were deleted.\n"
     assert TaskModel.objects.count() == 1
+
+
+def consume(*options: str) -> str:
+    out = io.StringIO()
+    call_command("consume_tasks", "--burst", *options, stdout=out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        (["--priority", "low,background"], [50, 0]),
+        (["--priority", "high", "--priority", "background"], [0, -50]),
+        (["--priority=-50..100"], [-100]),
+        (["--min-priority", "normal"], [-50, -100]),
+        (["--min-priority=-50"], [-100]),
+    ],
+)
+@pytest.mark.django_db(transaction=True)
+def test_a_consumer_serves_the_priorities_it_was_told(options, left):
+    for priority in (50, 0, -50, -100):
+        TaskModel.objects.create(func_name="none", raw_params="", priority=priority)
+
+    consume(*options)
+
+    rows = TaskModel.objects.filter(status=Status.CREATED).order_by("-priority")
+    assert list(rows.values_list("priority", flat=True)) == left
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--priority", "hihg"], "There is no band 'hihg'.*Did you mean 'high'"),
+        (["--min-priority", "101"], "between -100 and 100, got 101"),
+        (["--priority", "high", "--min-priority", "low"], "not allowed with argument"),
+    ],
+)
+def test_a_wrong_band_is_a_usage_error(options, message):
+    with pytest.raises(CommandError, match=message):
+        consume(*options)

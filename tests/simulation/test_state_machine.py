@@ -28,7 +28,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from firefly_jobs import lifecycle, serializers
+from firefly_jobs import fencing, lifecycle, serializers
 from firefly_jobs.attempts import Claim, Outcome, decide
 from firefly_jobs.databases import Completion
 from firefly_jobs.databases.functions import SecondsFromNow
@@ -306,14 +306,17 @@ class QueueMachine(RuleBasedStateMachine):
         if not self.settle(claim, error):
             return
         if self.rows[claim.id].retries < self.rows[claim.id].max_retries:
-            self.end_attempt(claim, "created", "retried", due=asked == 0).retries += 1
+            row = self.end_attempt(claim, "created", "retried", due=asked == 0)
+            row.retries += 1
+            row.rescues = row.lost_alone = 0
         else:
             self.end_attempt(claim, "failed", "failed")
 
     @rule(claim=claims, delay=st.sampled_from([0, 3600]))
     def snooze(self, claim: Claim, delay: int) -> None:
         if self.settle(claim, Snooze(delay)):
-            self.end_attempt(claim, "created", "snoozed", due=delay == 0)
+            row = self.end_attempt(claim, "created", "snoozed", due=delay == 0)
+            row.rescues = row.lost_alone = 0
 
     @rule(claim=claims)
     def cancel_from_inside(self, claim: Claim) -> None:
@@ -335,7 +338,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(consumer=consumers)
     def unregister(self, consumer: int) -> None:
-        held = {(claim.id, claim.fence) for claim in lifecycle.claims_of(consumer, using=USING)}
+        strays = fencing.strays_of(consumer, held=set(), using=USING)
+        held = {(claim.id, claim.fence) for claim in strays}
         assert held == {
             (pk, row.fence)
             for pk, row in self.rows.items()

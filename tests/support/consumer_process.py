@@ -11,18 +11,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support import nursery
 from tests.support.databases import url_of_test_database
 from tests.support.waiting import eventually
 
-PROJECT_DIRECTORY = Path(__file__).resolve().parents[2]
 LINES_MAX = 100_000
 
 
@@ -35,6 +33,7 @@ class ManageProcess:
         checkpoint: ``NAME:kill`` or ``NAME:stop``: what it does to itself, and where.
         jobs_settings: Merged into ``FIREFLY_JOBS``, for example ``{"LEASE_SECONDS": 2}``.
         environment: More variables.
+        script: Another script than ``manage.py``, relative to the project's directory.
 
     Attributes:
         pid: Its process id, which is also that of its process group.
@@ -48,6 +47,7 @@ class ManageProcess:
         checkpoint: str | None = None,
         jobs_settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
+        script: str = "manage.py",
     ) -> None:
         variables = os.environ | {
             "DJANGO_SETTINGS_MODULE": "testproject.settings",
@@ -58,18 +58,7 @@ class ManageProcess:
         }
         if checkpoint is not None:
             variables["FIREFLY_CHECKPOINT"] = checkpoint
-        self._process = subprocess.Popen(
-            [sys.executable, "manage.py", *arguments],
-            cwd=PROJECT_DIRECTORY,
-            env=variables | dict(environment or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
+        self._process = nursery.start([script, *arguments], variables | dict(environment or {}))
         self.pid = self._process.pid
         self.lines: list[str] = []
         self._printed = threading.Condition()
@@ -150,9 +139,7 @@ class ManageProcess:
         """Wait until it is stopped, by :meth:`pause` or by a checkpoint of its own."""
 
         def is_stopped() -> None:
-            # WNOWAIT leaves the state for others to read: subprocess waits for the end.
-            flags = os.WSTOPPED | os.WNOWAIT | os.WNOHANG
-            assert os.waitid(os.P_PID, self.pid, flags) is not None, self.output
+            assert self._process.is_stopped, self.output
 
         eventually(is_stopped, timeout_seconds=timeout_seconds)
 
@@ -181,14 +168,12 @@ class ManageProcess:
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         self._reader.join(5.0)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._process.stdout.close()
 
     def _signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
         for line in self._process.stdout:
             with self._printed:
                 if len(self.lines) < LINES_MAX:

@@ -45,7 +45,7 @@ class PrivateServer(ABC):
         self._directory = Path(tempfile.mkdtemp(prefix="firefly-server-"))
         self._process: subprocess.Popen[bytes] | None = None
         self._database_count = 0
-        self.port = _free_port()
+        self.port = free_port()
 
     def __enter__(self) -> Self:
         if os.geteuid() == 0:
@@ -259,6 +259,7 @@ class PrivateMariaDB(PrivateServer):
             # 0 would lose the last second's commits with the process; 2 needs the machine to crash.
             "--innodb-flush-log-at-trx-commit=2",
             "--default-time-zone=-05:00",
+            "--innodb-rollback-on-timeout=1",
         ]
 
     def _url(self, name: str, *, port: int) -> str:
@@ -307,7 +308,8 @@ def _program(name: str) -> str:
     return path
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
     return port

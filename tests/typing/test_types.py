@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """\
 from datetime import UTC, datetime, timedelta
 
-from firefly_jobs import Fixed, TaskModel, atask, task
+from firefly_jobs import (
+    Fixed, Job, Limit, Priority, TaskModel, TaskReference, atask, schedule_many, task
+)
 from firefly_jobs.decorators import AsyncTask, Task
 
 ETA = datetime(2031, 5, 1, tzinfo=UTC)
@@ -38,6 +40,26 @@ async def fetch(url: str) -> bytes:
     return b""
 
 
+@task(
+    priority="high",
+    max_attempts=3,
+    kwargs={"b": 5},
+    expires=timedelta(minutes=5),
+    unique_key=lambda a: f"add-{a}",
+    on_conflict="replace",
+    limits=[Limit(Limit.Type.TIME, 60), Limit(Limit.Type.MEMORY, "200MB")],
+    tags=["a"],
+    metadata={"customer": 5},
+    label="Sum",
+    check_types=True,
+)
+def full(a: int, b: int = 2) -> int:
+    return a + b
+
+
+reveal_type(full)  # R: Task[[a: int, b: int =], int]
+task(on_conflict="retrun")  # E: No overload variant
+task(priority=Priority.LOW)
 reveal_type(add)  # R: Task[[a: int, b: int =], int]
 reveal_type(mail)  # R: Task[[to: str, *, subject: str], None]
 reveal_type(add(1, 3))  # R: int
@@ -59,12 +81,29 @@ add.schedule(1, eta="tomorrow")  # E: No overload variant
 add.using(queue="slow").schedule("x")  # E: No overload variant
 mail.schedule("a@b.example")  # E: No overload variant
 add("x")  # E: incompatible type "str"; expected "int"
-task(priority="high")  # E: No overload variant
+task(priority="highest")  # E: No overload variant
 task(que="mail")  # E: Unexpected keyword argument "que"
 task(aadd).schedule(1).nothing  # E: has no attribute "nothing"
 
 
+class Resize(Job):
+    queue = "images"
+
+    def run(self, path: str, width: int = 100) -> str:
+        return path
+
+
+reveal_type(add.job)  # R: Job
+reveal_type(add.job.with_kwargs(a=1).with_priority("high").schedule())  # R: TaskModel
+reveal_type(Job(add, (1,), {"b": 2}, queue="mail").options.queue)  # R: str | None
+reveal_type(Resize("a.png", width=5, priority=10))  # R: program.Resize
+reveal_type(Resize("a.png").with_unique_key(lambda path: path))  # R: program.Resize
+reveal_type(schedule_many([add.job, Resize("a"), add]))  # R: list[TaskModel]
+add.job.with_priority("highest")  # E: incompatible type
+
+
 async def main() -> None:
+    reveal_type(await add.job.aschedule())  # R: TaskModel
     reveal_type(aadd)  # R: AsyncTask[[a: int, b: int =], int]
     reveal_type(await aadd(1, 3))  # R: int
     reveal_type(await aadd.schedule(1, 3))  # R: TaskModel
@@ -78,6 +117,13 @@ async def main() -> None:
     await add.aschedule("x")  # E: No overload variant
     await fetch.schedule(5)  # E: No overload variant
     aadd.schedule(1)  # E: must be used
+    row = await aadd.schedule(1)
+    reveal_type(await row.await_result(timeout=5))  # R: Any
+    reveal_type(await row.await_finished(timedelta(seconds=5)))  # R: TaskModel
+    reveal_type(await TaskReference(5).aget())  # R: TaskModel
+    reveal_type(await TaskReference(5).await_finished())  # R: TaskModel
+    await row.await_result(timeout="soon")  # E: incompatible type "str"
+    row.await_result()  # E: must be used
 
 
 @atask  # E: incompatible type
@@ -89,6 +135,13 @@ def takes(sync: Task[[int], int], coroutine: AsyncTask[[int], int], row: TaskMod
     reveal_type(sync(5))  # R: int
     reveal_type(row.params["args"])  # R: Any
     reveal_type(row.cancel())  # R: bool
+    reveal_type(row.wait())  # R: Any
+    reveal_type(row.wait(timeout=0.5))  # R: Any
+    reveal_type(row.wait_finished(timedelta(seconds=5)))  # R: TaskModel
+    reveal_type(TaskReference(5, using="other").wait_finished())  # R: TaskModel
+    reveal_type(TaskReference(5).get())  # R: TaskModel
+    row.wait(timeout="soon")  # E: incompatible type "str"
+    TaskReference("5")  # E: incompatible type "str"
 """
 
 

@@ -1,4 +1,5 @@
 import math
+from contextvars import copy_context
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -16,12 +17,13 @@ from firefly_jobs.attempts import (
     Outcome,
     Settlement,
     TaskContext,
+    Verdict,
     current_task,
     decide,
+    decide_buried,
     decide_rescued,
     describe,
     enter_context,
-    leave_context,
 )
 from firefly_jobs.exceptions import (
     DELAY_SECONDS_MAX,
@@ -30,6 +32,7 @@ from firefly_jobs.exceptions import (
     Retry,
     Snooze,
     StopRequested,
+    TimeLimitExceeded,
 )
 from firefly_jobs.retries import Exponential, Fixed
 from firefly_jobs.states import TRANSITIONS, Status
@@ -154,6 +157,19 @@ def test_the_reason_of_a_cancellation_is_kept():
 
 def test_a_snooze_leaves_the_former_error():
     assert decided(Snooze(1)).error is None
+    assert decided(Snooze(1)).is_history
+
+
+def test_a_kind_of_snooze_may_give_a_reason_and_stay_out_of_history():
+    class Looked(Snooze):
+        reason = "not there yet"
+        is_notable = False
+
+    settlement = decided(Looked(5))
+
+    assert (settlement.ended, settlement.status) == (Ended.SNOOZED, Status.CREATED)
+    assert (settlement.error, settlement.delay_seconds) == ("not there yet", 5)
+    assert not settlement.is_history
 
 
 def test_a_failure_is_described_with_its_traceback():
@@ -219,7 +235,7 @@ def test_a_loss_spends_no_retry():
 
 
 def test_a_task_that_was_lost_too_often_fails():
-    claim, endings = CLAIM, []
+    claim, endings = CLAIM._replace(max_retries=0), []
     free = ALONE_AFTER_RESCUES + MAX_RESCUES
     for _ in range(free + 1):
         it = lost(claim)
@@ -227,6 +243,23 @@ def test_a_task_that_was_lost_too_often_fails():
         claim = after(it)
 
     assert endings == [Ended.LOST] * free + [Ended.FAILED]
+
+
+def test_a_task_that_was_lost_too_often_spends_a_retry_if_it_has_one():
+    claim = CLAIM._replace(rescues=9, lost_alone=MAX_RESCUES)
+
+    it = lost(claim)
+
+    assert (it.ended, it.retries, it.rescues, it.delay_seconds) == (Ended.RETRIED, 1, 0, 60)
+
+
+def test_a_call_that_never_started_spends_nothing_and_waits_a_little():
+    it = decided(OSError("no connection"), has_started=False)
+
+    assert (it.ended, it.status, it.has_started) == (Ended.RELEASED, Status.CREATED, False)
+    assert (it.retries, it.rescues, it.losses_alone) == (0, 0, 0)
+    assert it.delay_seconds is not None
+    assert 1 <= it.delay_seconds <= 3
 
 
 def test_two_tasks_that_met_in_a_deadlock_do_not_return_together():
@@ -440,8 +473,8 @@ def test_current_task_is_known_inside_a_call_only():
     task: Any = object()
     context = TaskContext(task, CLAIM, (1,), {"b": 2})
 
-    token = enter_context(context)
-    try:
+    def call() -> None:
+        enter_context(context)
         it = current_task()
         assert (it.id, it.func_name, it.queue, it.attempt, it.fence) == (
             7,
@@ -452,8 +485,8 @@ def test_current_task_is_known_inside_a_call_only():
         )
         assert (it.task, it.args, it.kwargs) == (task, (1,), {"b": 2})
         assert current_task(None) is context
-    finally:
-        leave_context(token)
+
+    copy_context().run(call)
 
     assert current_task(None) is None
     with pytest.raises(LookupError, match=r"outside of a running task.*current_task\(None\)"):
@@ -481,3 +514,33 @@ def test_an_outcome_and_a_settlement_cannot_be_changed():
         decided().status = Status.FAILED  # type: ignore[misc]
     assert replace(outcome(), is_lost=True).is_lost
     assert math.isfinite(decided().duration)
+
+
+# --- what a supervisor ended
+
+
+def verdict(*, fence: int = CLAIM.fence) -> Verdict:
+    return Verdict(
+        task_id=CLAIM.id, fence=fence, error=TimeLimitExceeded("after 5.0s"), duration=5.0
+    )
+
+
+def buried(claim: Claim, why: Verdict) -> Settlement:
+    return decide_buried(claim, why, consumer="host:1 #4", max_rescues=MAX_RESCUES)
+
+
+def test_call_beyond_its_limit_is_decided_like_any_failure():
+    settlement = buried(CLAIM, verdict())
+
+    assert (settlement.ended, settlement.retries, settlement.duration) == (Ended.RETRIED, 1, 5.0)
+    assert settlement.error == "TimeLimitExceeded: after 5.0s"
+    assert buried(CLAIM._replace(retry_attempts=2), verdict()).ended is Ended.FAILED
+
+
+@pytest.mark.parametrize("claim", [CLAIM._replace(id=8), CLAIM._replace(fence=4)])
+def test_neighbour_of_a_call_beyond_its_limit_counts_nothing(claim):
+    settlement = buried(claim._replace(rescues=5, lost_alone=3), verdict())
+
+    assert (settlement.ended, settlement.status) == (Ended.LOST, Status.CREATED)
+    assert (settlement.retries, settlement.rescues, settlement.losses_alone) == (0, 0, 0)
+    assert "because of task 7" in (settlement.error or "")

@@ -11,9 +11,9 @@ from firefly_jobs.conf import _RULES, Settings, get_settings, problems, suggesti
 
 COUNTS = {"MAX_RETRIES": 0, "MAX_RESCUES": 0}
 POSITIVE_COUNTS = {"MAX_PAYLOAD_BYTES": 1, "ASYNC_SLOTS": 1, "ASYNC_CONNECTIONS": 1}
-FLAGS = ["FAIL_SILENTLY", "SIGNING"]
-DURATIONS = ["RETRY_DELAY", "SHUTDOWN_TIMEOUT"]
-POSITIVE_DURATIONS = ["CONSUMER_NAP_TIME", "LEASE_SECONDS", "LANE_TIMEOUT"]
+FLAGS = ["NOTIFY", "FAIL_SILENTLY", "SIGNING"]
+DURATIONS = ["RETRY_DELAY", "SHUTDOWN_TIMEOUT", "TIME_LIMIT_GRACE"]
+POSITIVE_DURATIONS = ["CONSUMER_NAP_TIME", "LANE_TIMEOUT"]
 TEXTS = ["DATABASE", "DEFAULT_QUEUE"]
 
 
@@ -39,7 +39,7 @@ def test_the_defaults_obey_their_own_rules():
 def test_every_rule_is_tested_here():
     tested = [*COUNTS, *POSITIVE_COUNTS, *FLAGS, *DURATIONS, *POSITIVE_DURATIONS, *TEXTS]
 
-    assert {*tested, "SERIALIZER", "IMPORTS"} == set(_RULES)
+    assert {*tested, "LEASE_SECONDS", "SERIALIZER", "IMPORTS"} == set(_RULES)
 
 
 def test_an_empty_dictionary_gives_the_documented_defaults():
@@ -145,11 +145,26 @@ def test_a_period_is_more_than_zero(key):
     for value in (0.001, 30, timedelta(seconds=1)):
         assert problems({key: value}) == []
     wrong: Any
-    for wrong in (0, timedelta(0), -1, "30", None, True, math.nan):
+    for wrong in (0, timedelta(0), -1, "30", True, math.nan):
         assert "must be more than zero seconds or a timedelta" in complaint(key, wrong)
 
 
-@pytest.mark.parametrize("key", [*DURATIONS, *POSITIVE_DURATIONS])
+def test_a_period_is_given():
+    assert "must be more than zero seconds or a timedelta" in complaint("LANE_TIMEOUT", None)
+
+
+def test_a_lease_is_long_enough_to_be_renewed():
+    assert problems({"LEASE_SECONDS": 0.1}) == []
+    for value in (0, 0.09, None, True, timedelta(milliseconds=99)):
+        assert "must be 0.1 or more seconds or a timedelta" in complaint("LEASE_SECONDS", value)
+
+
+def test_a_nap_may_be_left_to_the_database():
+    assert problems({"CONSUMER_NAP_TIME": None}) == []
+    assert "and at most 2147483647 s, or None" in complaint("CONSUMER_NAP_TIME", 0)
+
+
+@pytest.mark.parametrize("key", [*DURATIONS, *POSITIVE_DURATIONS, "LEASE_SECONDS"])
 def test_a_duration_without_an_end_is_refused(key):
     assert problems({key: math.inf}) != []
 

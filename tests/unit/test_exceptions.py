@@ -1,4 +1,5 @@
 import math
+import pickle
 from datetime import timedelta
 
 import pytest
@@ -19,7 +20,10 @@ from firefly_jobs.exceptions import (
     Snooze,
     StopRequested,
     SyncFuncNotSupportedException,
+    TaskCancelled,
+    TaskFailed,
     TaskNotFoundError,
+    WaitInsideTransactionError,
 )
 
 
@@ -89,6 +93,7 @@ def test_cancel_carries_its_reason():
         (PayloadTooLargeError, PayloadError),
         (BadSignature, PayloadError),
         (BadSignature, signing.BadSignature),
+        (WaitInsideTransactionError, RuntimeError),
     ],
 )
 def test_a_mistake_can_be_caught_as_what_python_calls_it(error, family):
@@ -99,7 +104,10 @@ def test_a_task_that_catches_exception_lets_our_stop_request_pass():
     assert not issubclass(StopRequested, Exception)
 
 
-@pytest.mark.parametrize("event", [LeaseLost, ConsumerLost, CommitUncertain, Retry, Snooze, Cancel])
+@pytest.mark.parametrize(
+    "event",
+    [LeaseLost, ConsumerLost, CommitUncertain, Retry, Snooze, Cancel, TaskFailed, TaskCancelled],
+)
 def test_an_event_is_an_exception_and_no_mistake(event):
     assert issubclass(event, Exception)
     assert not event.__name__.endswith("Error")
@@ -107,6 +115,18 @@ def test_an_event_is_an_exception_and_no_mistake(event):
 
 def test_an_uncertain_commit_keeps_the_callbacks():
     assert CommitUncertain(["callback"]).callbacks == ["callback"]
+
+
+@pytest.mark.parametrize("event", [TaskFailed, TaskCancelled])
+def test_what_became_of_a_task_can_be_pickled_and_says_what_is_known(event):
+    error = event(7, "shop.tasks.send", "ValueError: no such order")
+    copied = pickle.loads(pickle.dumps(error))
+
+    assert str(copied) == str(error)
+    assert vars(copied) == vars(error)
+    assert "Task 7 (shop.tasks.send)" in str(error)
+    assert "ValueError: no such order" in str(error)
+    assert "no reason given" in str(event(7, "shop.tasks.send", ""))
 
 
 def test_every_exception_is_documented():

@@ -209,20 +209,43 @@ def test_the_end_of_an_older_call_of_a_row_is_not_taken_for_the_end_of_a_newer_o
     assert holdings.started() == [new]
 
 
-def test_the_oldest_running_call_tells_for_how_long_the_lane_is_busy():
+def test_lanes_that_are_busy_for_long_are_counted_until_their_calls_end():
     holdings = make()
-    assert holdings.lane_busy_seconds() == 0
+    assert holdings.lanes_busy_longer_than(0) == 0
 
-    (it,) = hold(holdings, 1)
+    first, second = hold(holdings, 1, 2)
+    may_end = threading.Event()
+
+    def call():
+        holdings.next_sync()
+        assert may_end.wait(20)
+
+    lanes = [Concurrent(call) for _ in range(2)]
+
+    def both_run():
+        assert holdings.lanes_busy_longer_than(0) == 2
+
+    eventually(both_run)
+    assert holdings.lanes_busy_longer_than(60) == 0
+    holdings.done(first)
+    assert holdings.lanes_busy_longer_than(0) == 1
+    holdings.returned(second)
+    assert holdings.lanes_busy_longer_than(0) == 0
+    may_end.set()
+    for lane in lanes:
+        lane.result()
+
+
+def test_calls_that_share_a_transaction_keep_one_lane_busy():
+    holdings = make()
+    hold(holdings, 1, 2, 3)
+
     holdings.next_sync()
-    eventually(lambda: _assert_positive(holdings.lane_busy_seconds()))
+    holdings.next_at_hand(lambda _: True)
+    holdings.next_at_hand(lambda _: True)
 
-    holdings.done(it)
-    assert holdings.lane_busy_seconds() == 0
-
-
-def _assert_positive(number: float) -> None:
-    assert number > 0
+    assert (holdings.running, holdings.running_lanes) == (3, 1)
+    assert holdings.lanes_busy_longer_than(-1) == 1
 
 
 # --- start or release: one of the two, decided under one lock

@@ -324,6 +324,16 @@ def test_without_signing_nothing_is_signed_and_everything_is_read():
         loads(text)
 
 
+def test_a_pickle_that_no_consumer_would_read_is_refused_at_schedule():
+    with override_settings(FIREFLY_JOBS={"SIGNING": False, "SERIALIZER": "json"}):
+        serializers.refuse_unreadable("json")
+        with pytest.raises(PayloadError, match="'SIGNING': False"):
+            serializers.refuse_unreadable("pickle")
+    for readable in ({"SIGNING": False}, {"SERIALIZER": "json"}):
+        with override_settings(FIREFLY_JOBS=readable):
+            serializers.refuse_unreadable("pickle")
+
+
 def test_none_is_signed_again_once_signing_is_on_again():
     with override_settings(FIREFLY_JOBS={"SIGNING": False}):
         dumps(None, task_name="shop.tasks.none")

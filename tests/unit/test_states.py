@@ -10,6 +10,7 @@ ALLOWED = {
     ("blocked", "created"),
     ("blocked", "cancelled"),
     ("running", "created"),  # retry, snooze, release, rescue
+    ("running", "blocked"),  # a limit
     ("running", "completed"),
     ("running", "failed"),
     ("running", "cancelled"),

@@ -16,6 +16,7 @@ class Command(EndedTasksCommand):
     status = Status.FAILED
     moment = "failed"
     done = "made due again"
+    reasons = "changed meanwhile, or have a unique key that another task has,"
 
     def change(self, ids: Sequence[int], *, using: str) -> int:
         """Make one batch due."""

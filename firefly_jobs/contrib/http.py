@@ -1,0 +1,289 @@
+"""Send one HTTP request to where it may go, and read no more of the answer than allowed.
+
+A URL that comes from outside may name a host of the private network, or resolve to one
+(server-side request forgery).  So the name is resolved here, every address it has is
+looked at, and the connection goes to an address that was looked at: a name that resolves
+differently a moment later (DNS rebinding) gains nothing.  The ``Host`` header, and the name
+that a certificate is checked against, stay those of the URL.
+
+httpx's transport is used without its client, which would follow redirects, read proxies
+and passwords from the environment, keep cookies, and log every URL.
+
+See OWASP, "Server-Side Request Forgery Prevention Cheat Sheet".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json as json_module
+import re
+import socket
+import ssl
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from firefly_jobs import __version__
+
+try:
+    import httpx
+except ImportError as error:
+    message = (
+        "firefly_jobs.contrib.http sends requests with httpx, which is not installed. Run: "
+        "pip install 'django-firefly-jobs[http]'"
+    )
+    raise ImportError(message) from error
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# RFC 6052: an IPv4 address that an IPv6-only network reaches through a translator.
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class HTTPRequestFailed(Exception):
+    """A request got no answer, or one that is an error; names neither path nor payload.
+
+    Attributes:
+        status_code: That of the answer, or ``None``.
+    """
+
+    def __init__(self, text: str, status_code: int | None = None) -> None:
+        super().__init__(text)
+        self.status_code = status_code
+
+
+class Answer(NamedTuple):
+    """What a server answered; ``result`` is JSON if it says so, else text."""
+
+    status_code: int
+    headers: dict[str, str]
+    result: Any
+
+
+# --- what is asked
+
+
+def build(
+    url: Any, *, method: Any, headers: Mapping[Any, Any] | None, data: Any, json: Any
+) -> httpx.Request:
+    """Return a request that can be sent.
+
+    Raises:
+        ValueError: If it cannot; the message quotes no header and no payload.
+    """
+    if not isinstance(method, str) or not _TOKEN.fullmatch(method):
+        message = "method must be a word such as GET or POST."
+        raise ValueError(message)
+    if data is not None and json is not None:
+        message = "Give either data= or json=, which are both the body."
+        raise ValueError(message)
+    body: dict[str, Any] = {}
+    if json is not None:
+        body = {"json": json}
+    elif data is not None:
+        body = {"data" if isinstance(data, Mapping) else "content": data}
+    try:
+        return httpx.Request(method.upper(), _target(url), headers=_headers(headers), **body)
+    except TypeError as error:
+        message = "The body must be text, bytes or a form in data=, or what JSON can hold in json=."
+        raise ValueError(message) from error
+
+
+def _target(url: Any) -> httpx.URL:
+    try:
+        # The parser that the request is sent with: two that disagree about what the host
+        # is are the oldest way around a check.
+        target = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        target = httpx.URL()
+    if target.port is not None and not 0 < target.port < 2**16:
+        target = httpx.URL()
+    if target.scheme not in {"http", "https"} or not target.host:
+        message = (
+            f"url must be a valid URL that begins with http:// or https:// and a host; its "
+            f"scheme is {target.scheme!r}."
+        )
+        raise ValueError(message)
+    if target.userinfo:
+        message = "url must not hold a user name or password; send a header instead."
+        raise ValueError(message)
+    return target
+
+
+def _headers(given: Mapping[Any, Any] | None) -> httpx.Headers:
+    headers = httpx.Headers({"accept": "*/*", "user-agent": f"django-firefly-jobs/{__version__}"})
+    for name, value in dict(given or {}).items():
+        if not isinstance(name, str) or not _TOKEN.fullmatch(name):
+            message = "The name of a header must be a word of ASCII characters."
+            raise ValueError(message)
+        is_plain = isinstance(value, str) and value.isascii() and value.isprintable()
+        if not is_plain:
+            message = f"Header {name!r} must be one line of ASCII text."
+            raise ValueError(message)
+        headers[name] = value
+    return headers
+
+
+def refuse_private(host: str) -> None:
+    """Raise ``ValueError`` if ``host`` is an address that is not of the public internet."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return  # a name: what it resolves to is looked at before connecting
+    if not is_public(address):
+        message = (
+            f"{host} is no address of the public internet. Pass allow_private=True if the URL "
+            f"is your own and not somebody else's choice."
+        )
+        raise ValueError(message)
+
+
+def is_public(address: Address) -> bool:
+    """Whether anybody may be connected to at ``address``: it is of the public internet."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+        if inner is not None:
+            return is_public(inner)
+        if address.is_site_local or address.teredo is not None:
+            return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
+
+
+# --- asking
+
+
+async def send(
+    request: httpx.Request, *, timeout_seconds: float, allow_private: bool, max_bytes: int
+) -> Answer:
+    """Send ``request`` and return the answer, whatever its status.
+
+    Args:
+        request: From :func:`build`.
+        timeout_seconds: For all of it, from looking up the name to the last byte.
+        allow_private: Whether it may go to addresses that are not of the public internet.
+        max_bytes: How long the answer's body may be.
+
+    Raises:
+        HTTPRequestFailed: If there is no answer, or it is too long or cannot be read.
+        ValueError: If it would go where it must not.
+    """
+    about = f"{request.method} {request.url.scheme}://{request.url.netloc.decode()}"
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            addresses = await _addresses(request.url, allow_private=allow_private)
+            async with httpx.AsyncHTTPTransport(
+                verify=_tls(),
+                trust_env=False,
+                # Kept for another name at the same address, a connection would skip the check
+                # of that name's certificate.
+                limits=httpx.Limits(max_keepalive_connections=0),
+            ) as transport:
+                response = await _connect(transport, request, addresses, timeout_seconds)
+                try:
+                    body = await _read(response, max_bytes)
+                finally:
+                    await response.aclose()
+    except TimeoutError:
+        message = f"{about}: no answer within {timeout_seconds:g} s."
+        raise HTTPRequestFailed(message) from None
+    except socket.gaierror as error:
+        message = f"{about}: the name cannot be resolved ({error.strerror})."
+        raise HTTPRequestFailed(message) from None
+    except _AnswerTooLong:
+        message = f"{about}: the answer is longer than {max_bytes:,} bytes."
+        raise HTTPRequestFailed(message) from None
+    except httpx.HTTPError as error:
+        # Their texts may quote what was sent or received; those of connecting do not.
+        text = f" ({error})" if isinstance(error, httpx.ConnectError) else ""
+        message = f"{about}: {type(error).__name__}{text}."
+        raise HTTPRequestFailed(message) from None
+    return Answer(response.status_code, dict(response.headers), _result(response, body, about))
+
+
+def refuse_error(request: httpx.Request, answer: Answer) -> None:
+    """Raise ``HTTPRequestFailed`` if the server's answer is an error (4xx, 5xx)."""
+    if answer.status_code >= 400:  # noqa: PLR2004 - RFC 9110, section 15
+        where = f"{request.url.scheme}://{request.url.netloc.decode()}"
+        message = f"{request.method} {where} was answered with {answer.status_code}."
+        raise HTTPRequestFailed(message, answer.status_code)
+
+
+@lru_cache(maxsize=1)
+def _tls() -> ssl.SSLContext:
+    # Loading the certificates takes some 20 ms of the event loop.
+    return httpx.create_ssl_context()
+
+
+async def _addresses(url: httpx.URL, *, allow_private: bool) -> list[str]:
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    host = url.raw_host.decode("ascii")
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(str(item[4][0]) for item in found))
+    if not allow_private and not all(is_public(ipaddress.ip_address(a)) for a in addresses):
+        message = (
+            f"{host} resolves to an address that is not of the public internet, so nothing was "
+            f"sent. Pass allow_private=True if the URL is your own and not somebody else's choice."
+        )
+        raise ValueError(message)
+    return addresses
+
+
+async def _connect(
+    transport: httpx.AsyncHTTPTransport,
+    request: httpx.Request,
+    addresses: list[str],
+    timeout_seconds: float,
+) -> httpx.Response:
+    """Send the request to the first of ``addresses`` that can be connected to."""
+    for address in addresses[:-1]:
+        try:
+            pinned = _pinned(request, address, timeout_seconds / len(addresses))
+            return await transport.handle_async_request(pinned)
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            continue
+    return await transport.handle_async_request(_pinned(request, addresses[-1], timeout_seconds))
+
+
+def _pinned(request: httpx.Request, address: str, connect_seconds: float) -> httpx.Request:
+    """Return the same request for one address; the headers still name the host."""
+    return httpx.Request(
+        request.method,
+        request.url.copy_with(host=address),
+        headers=request.headers,
+        stream=request.stream,
+        extensions={
+            "sni_hostname": request.url.raw_host.decode("ascii"),
+            "timeout": {"connect": connect_seconds},
+        },
+    )
+
+
+class _AnswerTooLong(Exception):
+    """The body is longer than allowed."""
+
+
+async def _read(response: httpx.Response, max_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _AnswerTooLong
+    return bytes(body)
+
+
+def _result(response: httpx.Response, body: bytes, about: str) -> Any:
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if body and (kind == "application/json" or kind.endswith("+json")):
+        try:
+            return json_module.loads(body)
+        except ValueError as error:
+            message = f"{about}: the answer says that it is JSON, and is not ({error})."
+            raise HTTPRequestFailed(message, response.status_code) from None
+    try:
+        return body.decode(response.charset_encoding or "utf-8", errors="replace")
+    except LookupError:
+        return body.decode("utf-8", errors="replace")

@@ -1,0 +1,121 @@
+"""End a call: settle it in its own transaction, or report what is still to be settled.
+
+The same for sync calls and coroutines.  It runs on the thread that has the call's
+transaction: a sync lane, or the lane that a coroutine took at its first query.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from firefly_jobs import databases, lifecycle
+from firefly_jobs.attempts import Claim, Outcome
+from firefly_jobs.exceptions import CommitUncertain, LeaseLost
+from firefly_jobs.reporting import log_lease_lost
+from firefly_jobs.transactions import CallTransaction
+
+from . import calls
+from .uncertain import UncertainCommit
+from .work import Work
+
+
+class Ending:
+    """How the calls of one executor end.
+
+    Args:
+        work: The consumer's side of the executor.
+        using: Database alias.
+    """
+
+    def __init__(self, work: Work, *, using: str) -> None:
+        self._work = work
+        self._using = using
+        self._database = databases.of(using)
+        self._uncertain = UncertainCommit(using=using)
+
+    def returned(
+        self,
+        claim: Claim,
+        returned: str,
+        started: float,
+        transaction: CallTransaction | None,
+        *,
+        atomic: bool,
+    ) -> None:
+        """Settle and commit what the call did; without effects, leave it to the settler.
+
+        Args:
+            claim: What was executed.
+            returned: Its result as it is stored.
+            started: ``perf_counter()`` at its start.
+            transaction: The call's, or ``None`` if it has never queried.
+            atomic: Whether the call ran in that transaction.
+        """
+        completion = calls.completion(claim, returned, started)
+        is_settled = False
+        try:
+            if transaction is not None and not atomic:
+                transaction.rollback()  # whatever the call itself left open
+            elif transaction is not None and transaction.is_touched:
+                transaction.commit(lambda: lifecycle.complete(completion, using=self._using))
+                is_settled = True
+        except BaseException as error:  # noqa: BLE001 - deferred constraints, a lost lease, a broken connection
+            self.raised(claim, error, started, transaction)
+            return
+        if is_settled:
+            self._work.settled(completion, claim)
+        else:
+            outcome = Outcome(claim=claim, duration=completion.duration, returned=returned)
+            self._work.ended(outcome, is_urgent=not atomic)
+
+    def raised(
+        self,
+        claim: Claim,
+        error: BaseException,
+        started: float,
+        transaction: CallTransaction | None,
+        *,
+        is_usable: bool = True,
+    ) -> None:
+        """Undo what the call did, and report why.
+
+        Args:
+            claim: What was executed.
+            error: What the call raised, or settling it.
+            started: ``perf_counter()`` at its start.
+            transaction: The call's, or ``None`` if it has never queried.
+            is_usable: Whether the call had a connection whenever it needed one.
+        """
+        if transaction is not None:
+            is_usable &= transaction.rollback()
+        if isinstance(error, LeaseLost):
+            log_lease_lost(claim, error)
+            self._work.dropped(claim)
+            return
+        duration = perf_counter() - started
+        if isinstance(error, CommitUncertain) and transaction is not None:
+            transaction.abandon()
+            if self.has_arrived(claim, error):
+                self._work.settled(calls.completion(claim, "", started), claim)
+                return
+        self.failed(claim, error, duration, is_usable=is_usable)
+
+    def failed(
+        self, claim: Claim, error: BaseException, duration: float, *, is_usable: bool
+    ) -> None:
+        """Report a call whose effects are undone.
+
+        Args:
+            claim: What was executed.
+            error: What it raised, or settling it.
+            duration: Seconds that it took.
+            is_usable: Whether its connection survived.
+        """
+        outcome = calls.failed_outcome(
+            claim, error, duration=duration, is_usable=is_usable, database=self._database
+        )
+        self._work.ended(outcome, is_urgent=False)
+
+    def has_arrived(self, claim: Claim, error: CommitUncertain) -> bool:
+        """Whether the COMMIT arrived whose answer was lost; run its callbacks then."""
+        return self._uncertain.has_arrived(claim, error)
