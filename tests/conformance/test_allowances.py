@@ -116,7 +116,8 @@ def test_sync_call_is_reached_in_the_midst_of_a_query(atomic):
     assert effects() == ([0, 2] if atomic else [0, 1, 2])
 
 
-def test_call_that_swallows_the_exception_and_returns_is_completed():
+def test_call_that_swallows_the_exception_and_returns_is_completed(settings):
+    settings.FIREFLY_JOBS = {"TIME_LIMIT_GRACE": 60}
     seen = []
 
     def body():
