@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _concerns_this_database(item: pytest.Item) -> bool:
-    if VENDOR != "sqlite" and ONCE & set(_folders(item.path)):
+    is_once = ONCE & set(_folders(item.path)) or item.get_closest_marker("once") is not None
+    if VENDOR != "sqlite" and is_once:
         return False
     if VENDOR == "sqlite" and item.get_closest_marker("server") is not None:
         return False

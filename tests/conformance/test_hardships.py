@@ -12,7 +12,7 @@ from asgiref.sync import sync_to_async
 from django.db import OperationalError, connection, connections, transaction
 from django.utils import translation
 
-from firefly_jobs import Snooze, fencing, lifecycle
+from firefly_jobs import Snooze, attempts, fencing, lifecycle
 from firefly_jobs.databases import Session
 from firefly_jobs.executors.ending import Ending
 from firefly_jobs.models import TaskModel
@@ -94,7 +94,10 @@ def test_coroutine_without_a_connection_is_given_back_and_not_blamed(is_swallowe
             await Effect.objects.acreate(task_key="hardship", value=1)
 
     row = schedule(body)
-    with mock.patch.object(CallTransaction, "_enter", refuse):
+    with (
+        mock.patch.object(CallTransaction, "_enter", refuse),
+        mock.patch.object(attempts, "NOT_STARTED_DELAY_SECONDS", 0.2),
+    ):
         run_until_ended(row)
 
     assert (row.status, row.rescues, row.lost_alone, row.retry_attempts) == ("completed", 0, 0, 0)

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import VENDOR
 from tests.support.nursery import PROJECT_DIRECTORY
 
-SECONDS = 10
+SECONDS = 6
 RESTARTS = 2
 # It gives the rest two minutes to end by itself.
 SECONDS_MAX = 240

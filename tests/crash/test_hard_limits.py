@@ -98,6 +98,7 @@ def test_call_that_does_not_heed_its_limit_is_ended(supervise_one, calls, kind):
     stops_in_order(supervisor)
 
 
+@pytest.mark.once
 def test_call_that_heeds_its_limit_leaves_its_process_alone(supervise_one):
     row = limited(process_tasks.spin, time_limit=1)
     supervisor = supervise_one(TIME_LIMIT_GRACE=30)
@@ -136,6 +137,7 @@ def test_call_that_takes_far_too_much_memory_is_ended_and_all_others_finish(
     stops_in_order(supervisor)
 
 
+@pytest.mark.once
 def test_call_beyond_its_memory_that_heeds_it_disturbs_nobody_and_a_fresh_process_takes_over(
     supervise_one, gate, calls
 ):
@@ -167,6 +169,7 @@ def _are_started(supervisor, count):
     assert len(started(supervisor)) == count
 
 
+@pytest.mark.once
 def test_call_beyond_its_memory_that_does_not_heed_it_is_ended(supervise_one, calls):
     row = limited(
         process_tasks.swallow,
@@ -201,6 +204,7 @@ def test_call_that_was_over_in_time_is_left_alone(supervise_one, gate, calls):
     stops_in_order(supervisor)
 
 
+@pytest.mark.once
 def test_limit_holds_while_the_process_stops(supervise_one, calls):
     row = limited(
         process_tasks.stick, str(calls), "key", time_limit=2, max_retries=1, retry_delay=60
@@ -219,6 +223,7 @@ def test_limit_holds_while_the_process_stops(supervise_one, calls):
     assert not ConsumerModel.objects.exists()
 
 
+@pytest.mark.once
 def test_call_beyond_its_limit_stops_all_if_failures_must_not_be_silent(supervise_one, calls):
     limited(process_tasks.stick, str(calls), "key", time_limit=LIMIT)
     supervisor = supervise_one(FAIL_SILENTLY=False)

@@ -209,6 +209,7 @@ def test_task_that_always_ends_its_process_fails_in_the_end_and_the_others_do_no
     stops_in_order(supervisor)
 
 
+@pytest.mark.once
 def test_processes_that_die_at_once_are_started_after_growing_pauses(supervise):
     supervisor = supervise(environment={"DIES_AT_IMPORT": "1"})
 
@@ -222,6 +223,7 @@ def test_processes_that_die_at_once_are_started_after_growing_pauses(supervise):
     nothing_is_left(supervisor)
 
 
+@pytest.mark.once
 def test_process_that_is_stopped_by_somebody_is_replaced(supervise):
     supervisor = supervise()
     consumers_are(2)
@@ -264,6 +266,7 @@ def test_death_while_the_database_is_away_is_left_to_heartbeats(
 # --- stopping
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("whom", ["supervisor", "group"])
 def test_one_signal_stops_all_and_lets_running_calls_finish(supervise, gate, calls, number, whom):
@@ -307,6 +310,7 @@ def test_calls_that_outlast_the_shutdown_timeout_are_given_back_unspent(supervis
     assert not ConsumerModel.objects.exists()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("whom", ["supervisor", "group"])
 def test_second_signal_ends_all_at_once(supervise, gate, whom):
     schedule(tasks.loop, str(gate))
@@ -331,6 +335,7 @@ def test_second_signal_ends_all_at_once(supervise, gate, whom):
     nothing_is_left(supervisor)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_group_while_processes_start_ends_all_quietly(supervise, number):
     supervisor = supervise()
@@ -366,6 +371,7 @@ def test_processes_whose_supervisor_is_killed_finish_their_calls_and_end(supervi
     assert not ConsumerModel.objects.exists()
 
 
+@pytest.mark.once
 def test_failure_in_one_process_stops_all_if_it_must_not_be_silent(supervise):
     supervisor = supervise(jobs_settings={"FAIL_SILENTLY": False})
     consumers_are(2)
@@ -379,6 +385,7 @@ def test_failure_in_one_process_stops_all_if_it_must_not_be_silent(supervise):
     nothing_is_left(supervisor)
 
 
+@pytest.mark.once
 def test_number_of_processes_can_be_that_of_the_processors(consume):
     supervisor = consume("--processes", "auto", "--burst", jobs_settings=LONG_LEASE)
 
@@ -386,6 +393,7 @@ def test_number_of_processes_can_be_that_of_the_processors(consume):
     assert len(started(supervisor)) == len(os.sched_getaffinity(0))
 
 
+@pytest.mark.once
 def test_one_process_is_supervised_if_it_is_asked_for(consume):
     supervisor = consume("--processes", "1", "--burst", jobs_settings=LONG_LEASE)
 
@@ -393,6 +401,7 @@ def test_one_process_is_supervised_if_it_is_asked_for(consume):
     assert len(started(supervisor)) == 1
 
 
+@pytest.mark.once
 def test_no_process_is_started_unless_asked_for(consume):
     consumer = consume("--burst", jobs_settings=LONG_LEASE)
 
@@ -400,6 +409,7 @@ def test_no_process_is_started_unless_asked_for(consume):
     assert started(consumer) == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("count", ["0", "-1", "two"])
 def test_number_of_processes_that_is_none_is_refused(consume, count):
     consumer = consume(f"--processes={count}")

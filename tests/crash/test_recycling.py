@@ -64,6 +64,7 @@ def test_replacement_works_while_the_last_call_of_a_retired_process_goes_on(star
     assert not ConsumerModel.objects.exists()
 
 
+@pytest.mark.once
 def test_retired_processes_with_slow_calls_do_not_add_up_without_bound(start, gate, calls):
     for number in range(8):
         schedule(tasks.wait, str(calls), f"slow-{number}", str(gate))
@@ -80,6 +81,7 @@ def test_retired_processes_with_slow_calls_do_not_add_up_without_bound(start, ga
     stops_in_order(supervisor)
 
 
+@pytest.mark.once
 def test_stop_bounds_the_last_call_of_a_retired_process(start, gate, calls):
     row = schedule(tasks.wait, str(calls), "key", str(gate))
     supervisor = start("--processes", "2", "--max-tasks", "1", "--shutdown-timeout", "0.3")
@@ -95,6 +97,7 @@ def test_stop_bounds_the_last_call_of_a_retired_process(start, gate, calls):
     nothing_is_left(supervisor)
 
 
+@pytest.mark.once
 def test_burst_replaces_what_retired_until_nothing_is_due(start, calls):
     keys = [f"key-{number}" for number in range(20)]
     for key in keys:
@@ -131,6 +134,7 @@ def test_process_that_grew_too_much_is_replaced_and_loses_nothing(start, gate, c
     stops_in_order(supervisor)
 
 
+@pytest.mark.once
 def test_single_consumer_that_grew_too_much_ends_well(start):
     schedule(process_tasks.keep_memory, KEPT_MB, "grown")
 
@@ -142,6 +146,7 @@ def test_single_consumer_that_grew_too_much_ends_well(start):
     assert not ConsumerModel.objects.exists()
 
 
+@pytest.mark.once
 def test_processes_that_are_too_large_from_their_start_are_replaced_ever_more_slowly(start):
     supervisor = start("--processes", "2", "--max-memory", "1")
 

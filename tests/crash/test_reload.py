@@ -25,6 +25,8 @@ from tests.crash.conftest import (
 from tests.crash.processes import LONG_LEASE, nothing_is_left
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.once
+
 MODULE = "edited_by_a_test"
 SOURCE = """
 from firefly_jobs import task
