@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from time import monotonic
 from typing import Any, NamedTuple
@@ -178,14 +178,26 @@ def pass_on(places: Iterable[Place], *, using: str) -> None:
         announce(using, queues)
 
 
-def step_out(row: TaskModel, *, using: str) -> None:
-    """Let a row start over that stood in a line as another call."""
-    rows = TaskModel.objects.using(using).filter(pk=row.pk, limit_key=row.limit_key)
+def start_over(pk: int, values: Mapping[str, Any], *, key: str | None, using: str) -> bool:
+    """Make another call of a row that stands in the line of the former one.
+
+    Args:
+        pk: Its id.
+        values: What it says now.
+        key: Its unique key; if it has another one, or has started, nothing is changed.
+        using: Database alias.
+
+    Returns:
+        Whether it was changed.
+    """
     waits = [Status.CREATED, Status.BLOCKED]
+    rows = TaskModel.objects.using(using).filter(pk=pk, active_key=key, status__in=waits)
     with databases.of(using).write_transaction(connections[using]):
-        places = places_of(rows.filter(status__in=waits))
-        rows.filter(status__in=waits).update(status=Status.CREATED, limit_key=None)
+        # Before the change: the place that is free is that of the former call.
+        places = places_of(rows)
+        changed = rows.update(**values, status=Status.CREATED, limit_key=None)
         pass_on(places, using=using)
+    return changed == 1
 
 
 # --- what is lost in spite of all locks

@@ -13,7 +13,8 @@ while any transaction holds the horizon open nobody may clear them away.  A low-
 mark steps over them: each claim starts where the last one of its range ended, less a
 margin.  What appears below the mark (a late commit, a release) is found by a claim that
 came back short, and once a second by one without the mark; more rarely where that is
-slow, so that it takes a twentieth of the time at most.
+slow, so that it takes a twentieth of the time at most.  Rows that a limit held back come
+back below the mark as well: while such are about, it is as often as that share allows.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ QueueOrder = Literal["strict", "fair"]
 REMEMBER_SECONDS = 1.0
 # How often more is claimed in place of what limits refused, before signals are looked at.
 ROUNDS_MAX = 50
+# So long after a limited row was claimed others of its kind are taken to be about.
+LIMITED_SECONDS = 60.0
 # A claim without the mark reads all dead entries: 0.3 s where 300,000 rows were claimed
 # under an old snapshot.
 UNMARKED_SHARE, UNMARKED_SECONDS_MAX = 20.0, 15.0
@@ -69,7 +72,7 @@ class Claimer:
         self._ranges: list[tuple[str, int]] = []
         self._ranges_read_at = float("-inf")
         self._marks: dict[tuple[str, int], Any] = {}
-        self._next_unmarked_at = float("-inf")
+        self._next_unmarked_at = self._affordable_at = self._limited_until = float("-inf")
         self._was_empty = False
         self.has_given_up = False
 
@@ -85,6 +88,7 @@ class Claimer:
             if not any(claim.is_limited for claim in claims):
                 self.has_given_up = False
                 return admitted + claims
+            self._limited_until = monotonic() + LIMITED_SECONDS
             passed = admission.admit(claims, using=self._using)
             admitted += passed
             if len(passed) == len(claims) or len(admitted) >= limit:
@@ -174,7 +178,8 @@ class Claimer:
 
     def _mark(self, queue: str, priority: int) -> Any:
         now = monotonic()
-        if now >= self._next_unmarked_at:
+        is_wanted = now < self._limited_until and now >= self._affordable_at
+        if is_wanted or now >= self._next_unmarked_at:
             self._next_unmarked_at = now + REMEMBER_SECONDS
             self._marks.clear()
         return self._marks.get((queue, priority))
@@ -187,7 +192,8 @@ class Claimer:
         claims = self._ask(queue, priority, limit, consumer, None)
         ended = monotonic()
         pause = min((ended - started) * UNMARKED_SHARE, UNMARKED_SECONDS_MAX)
-        self._next_unmarked_at = max(self._next_unmarked_at, ended + pause)
+        self._affordable_at = ended + pause
+        self._next_unmarked_at = max(self._next_unmarked_at, self._affordable_at)
         return claims
 
     def _ask(

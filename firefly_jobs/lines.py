@@ -19,7 +19,7 @@ which is refused when it is claimed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -38,8 +38,9 @@ from .wakeup import announce
 LET_GO_MAX = 50
 # How far ahead calls are told their moment; who comes later may still overtake the others.
 AHEAD = 1 * SECOND
-# So many more are looked at than are wanted: a person's transaction may have locked some.
-_SPARE = 3
+# So many more are looked at than are wanted, and then ever more: a person's transaction may
+# have locked some.
+_SPARE, _GROWTH = 3, 4
 # A key's row may be pruned between two looks, but not for ever.
 _LOCK_TRIES = 20
 # A moment must not come before its token, and SQLite's clock has milliseconds.
@@ -133,8 +134,20 @@ class Line:
         self.count()
         if not (wanted := self._most(head)):
             return []
-        found = self._lock(row.id for row in self._best(wanted + _SPARE))
-        return self._let_go_first(found, now)
+        return self._let_go_first(self._lock_best(wanted), now)
+
+    def _lock_best(self, wanted: int) -> list[Limited]:
+        """Lock the first of the line, and pass over whom others have locked.
+
+        Those may leave in a moment, and nobody would come for the ones behind them.
+        """
+        count = wanted + _SPARE
+        while True:
+            best = [row.id for row in self._best(count)]
+            found = self._lock(best)
+            if len(found) >= wanted or len(best) < count:
+                return found
+            count *= _GROWTH
 
     def _best(self, count: int) -> Iterator[Limited]:
         """Yield the first ``count`` of the line, priority by priority."""
@@ -151,9 +164,8 @@ class Line:
             count -= len(found)
             below = line.filter(priority__lt=found[-1][-1])
 
-    def _lock(self, ids: Iterable[int]) -> list[Limited]:
+    def _lock(self, wanted: Sequence[int]) -> list[Limited]:
         """Lock rows of the line that nobody else has locked, and return them in order."""
-        wanted = list(ids)
         can_skip_locked = databases.of(self._using).can_skip_locked
         # By primary key only, and looked at here: a range that is read with locks keeps the
         # entry behind its end locked on InnoDB.
@@ -187,7 +199,7 @@ class Line:
 
     def pass_on(self, not_before: datetime | None) -> list[str]:
         """Let the next one go in the place of one that was let go; without the line's lock."""
-        found = self._lock(row.id for row in self._best(1 + _SPARE))[:1]
+        found = self._lock_best(1)[:1]
         self._write(found, **self._moment_of(not_before))
         return [row.queue for row in found]
 

@@ -126,14 +126,13 @@ def _replace(row: TaskModel, pk: int, alias: str) -> TaskModel | None:
     rows = TaskModel.objects.using(alias)
     values = {name: getattr(row, name) for name in _REPLACED}
     waits = rows.filter(pk=pk, active_key=row.active_key, status__in=waiting)
-    if waits.update(**values, **_RESET):
-        replaced = rows.get(pk=pk)
-        if replaced.limit_key is not None:
-            # The line was that of the former call.
-            admission.step_out(replaced, using=alias)
-            replaced.refresh_from_db()
+    # Mostly it stands in no line, and one statement does.
+    is_replaced = waits.filter(limit_key__isnull=True).update(**values, **_RESET)
+    if is_replaced or admission.start_over(
+        pk, {**values, **_RESET}, key=row.active_key, using=alias
+    ):
         announce(alias, (row.queue,))
-        return replaced
+        return rows.get(pk=pk)
     if databases.of(alias).holder(connections[alias], row.active_key or "") != pk:
         return None
     message = (

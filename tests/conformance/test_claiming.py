@@ -5,9 +5,10 @@ from time import monotonic
 import pytest
 from django.db import connection
 
-from firefly_jobs import databases
+from firefly_jobs import claiming, databases
 from firefly_jobs.claiming import Claimer
-from firefly_jobs.lifecycle import release
+from firefly_jobs.databases import Completion
+from firefly_jobs.lifecycle import complete_many, release
 from firefly_jobs.models import TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import (
@@ -246,6 +247,25 @@ def test_a_released_row_is_found_below_the_mark():
     release([held], using="default")
 
     assert drained(claimer, until=old.pk) < 29_000
+
+
+@pytest.mark.postgresql
+def test_rows_that_a_limit_lets_go_are_found_below_the_mark_without_a_pause(monkeypatch):
+    monkeypatch.setattr(claiming, "REMEMBER_SECONDS", 1_000.0)
+    monkeypatch.setattr(claiming, "UNMARKED_SHARE", 0.0)
+    limited = tasks.nothing.using(concurrency=1)
+    oldest = [limited.schedule(eta=ago(60 - n)) for n in range(3)]
+    plant(100)
+    claimer = Claimer(["default"], using="default")
+    found = []
+
+    for _ in range(5):
+        claims = claimer.claim(5, consumer=1)
+        found += [item.id for item in claims if item.is_limited]
+        outcomes = [Completion(item.id, item.fence, 0.0, "", item.is_limited) for item in claims]
+        complete_many(outcomes, using="default")
+
+    assert found == [row.pk for row in oldest]
 
 
 @pytest.mark.postgresql

@@ -707,6 +707,30 @@ def test_replacing_who_was_let_go_passes_the_place_on(key):
     assert sorted(ids(claim())) == [replaced.pk, second.pk]
 
 
+@pytest.mark.server
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_those_behind_many_who_are_being_cancelled_are_not_forgotten(count):
+    held, rest = running_and_blocked(count + 3)
+    first, second = rest[count:]
+    are_cancelled, may_commit = threading.Event(), threading.Event()
+
+    def person():
+        with transaction.atomic():
+            cancelled = lifecycle.cancel([row.pk for row in rest[:count]], using="default")
+            are_cancelled.set()
+            may_commit.wait(10)
+        return cancelled
+
+    cancelling = Concurrent(person)
+    assert are_cancelled.wait(10)
+    lifecycle.complete_many([completion(held)], using="default")
+    may_commit.set()
+
+    assert cancelling.result(timeout_seconds=10) == count
+    assert statuses(first, second) == ["created", "blocked"]
+    assert ids(claim()) == [first.pk]
+
+
 def test_replacing_who_waits_takes_it_out_of_the_line():
     held, _ = running_and_blocked(1)
     waits = keyed(Concurrency(1, key=lambda: tasks.nothing.name)).schedule("a")

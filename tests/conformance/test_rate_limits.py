@@ -233,6 +233,22 @@ def test_four_connections_that_claim_at_the_same_time_share_the_tokens():
     assert statuses(*rows).count("created") == 1
 
 
+def test_replacing_who_was_let_go_passes_its_own_moment_on_and_not_the_new_one():
+    debounced = tasks.nothing.using(rate_limit="1/h", on_conflict="replace")
+    rows = [debounced.using(unique_key=f"key-{n}").schedule() for n in range(4)]
+    claim()
+    RateBucket.objects.update(spent_until=DatabaseMicroseconds() + 500_000)
+    lines.free([f"r:{NAME}"], using="default")
+    let_go = TaskModel.objects.get(status="created", limit_key__isnull=False)
+
+    replaced = debounced.using(unique_key=let_go.unique_key).schedule(eta=ago(-86_400))
+
+    assert (replaced.pk, replaced.limit_key) == (let_go.pk, None)
+    successor = TaskModel.objects.get(status="created", limit_key__isnull=False)
+    assert successor.pk in {row.pk for row in rows} - {let_go.pk}
+    assert successor.not_before == let_go.not_before
+
+
 def test_a_retry_takes_another_token():
     row = schedule(lambda: 1 / 0, rate_limit="1/h", max_retries=1, retry_delay=0)
     run_burst()
