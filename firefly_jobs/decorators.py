@@ -24,13 +24,13 @@ from .exceptions import (
     TaskDefinitionError,
 )
 from .jobs import Job
-from .limits import Concurrency, RateLimit, key_of
+from .limits import Concurrency, RateLimit, answer_of, key_of
 from .models import TaskModel
 from .options import OnConflict, TaskOptions, UniqueKey, check_key, check_words
 from .priorities import PriorityName
 from .resources import Limit
 from .retries import RetryStrategy
-from .signatures import CallSignature, by_name, call_with
+from .signatures import CallSignature, by_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,7 +122,7 @@ class BaseTask(Generic[P, R]):
             self.signature.check_types(bound)
         key = options.unique_key
         if callable(key):
-            key = call_with(key, by_name(bound))
+            key = answer_of(key, by_name(bound), word="unique_key", task=self.name)
             key = None if key is None else check_key(key)
         row = enqueue.build(self.name, options, args, kwargs, unique_key=key)
         if options.concurrency is not None or options.rate_limit is not None:

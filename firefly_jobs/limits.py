@@ -144,13 +144,7 @@ def key_of(
         return task
     values = arguments()
     if callable(key):
-        try:
-            return call_with(key, values)
-        except Exception as error:
-            error.add_note(
-                f"Raised by the key of {option}, so the call of {task!r} was not scheduled."
-            )
-            raise
+        return answer_of(key, values, word=f"the key of {option}", task=task)
     if key not in values:
         message = (
             f"The key of {option} is the argument {key!r}, which this call of {task!r} does not "
@@ -159,6 +153,24 @@ def key_of(
         raise ValueError(message)
     # The bracket keeps white space at the end of a value from being the end of the key.
     return f"{task}[{key}={_text_of(option, key, values[key])}]"
+
+
+def answer_of(
+    key: Callable[..., Any], arguments: Mapping[str, Any], *, word: str, task: str
+) -> Any:
+    """Return what a callable key says about a call, unchecked.
+
+    Args:
+        key: The callable.
+        arguments: The call's arguments by name.
+        word: What the key is, for the note on what it raises.
+        task: The task's name, likewise.
+    """
+    try:
+        return call_with(key, arguments)
+    except Exception as error:
+        error.add_note(f"Raised by {word}, so the call of {task!r} was not scheduled.")
+        raise
 
 
 def _text_of(option: str, key: str, value: Any) -> str:

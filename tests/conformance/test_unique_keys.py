@@ -84,6 +84,19 @@ def test_a_key_that_is_none_is_refused_and_nothing_is_written(key, error, messag
     assert count() == 0
 
 
+def test_a_key_that_raises_is_told_to_be_what_raised_and_nothing_is_written():
+    jobs = [tasks.nothing.job, tasks.insert.job.with_args("a").with_unique_key(lambda key: key[5])]
+
+    for schedules in (jobs[1].schedule, lambda: schedule_many(jobs)):
+        with pytest.raises(IndexError) as caught:
+            schedules()
+        assert caught.value.__notes__ == [
+            f"Raised by unique_key, so the call of {tasks.insert.name!r} was not scheduled."
+        ]
+
+    assert count() == 0
+
+
 def test_a_callable_may_say_that_a_call_has_no_key():
     free = tasks.insert.using(unique_key=lambda key: None)
 
