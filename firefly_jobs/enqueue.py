@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -133,7 +133,7 @@ def insert(row: TaskModel, *, using: str | None) -> TaskModel:
 
 
 def insert_many(rows: Iterable[TaskModel], *, using: str | None = None) -> list[TaskModel]:
-    """Write many rows in one transaction, a thousand or more per statement.
+    """Write many rows in one transaction, a thousand or more per statement unless they are long.
 
     Args:
         rows: What :func:`build` returned; an iterator is read batch by batch.
@@ -151,7 +151,8 @@ def insert_many(rows: Iterable[TaskModel], *, using: str | None = None) -> list[
     written: list[TaskModel] = []
     keyed: list[int] = []
     with database.write_transaction(connection):
-        for batch in _batches(rows, database.insert_batch_size):
+        iterator = iter(rows)
+        while batch := list(islice(iterator, database.insert_batch_size)):
             keyed += [n for n, row in enumerate(batch, len(written)) if row.active_key is not None]
             if plain := [row for row in batch if row.active_key is None]:
                 _write(connection, plain)
@@ -189,12 +190,14 @@ def insert_calls(jobs: Iterable[Job]) -> list[TaskModel]:
 
 
 def _write(connection: Any, rows: list[TaskModel]) -> None:
-    """Insert ``rows`` with one statement, and tell each its id."""
+    """Insert ``rows`` with as few statements as they fit in, and tell each its id."""
     # By hand, since the ORM would name every column of a wide table for every row.
     values, columns = list(map(_inserted, rows)), INSERT_COLUMNS
     if any(_extras(row.__dict__) != _NO_EXTRAS for row in rows):
         values, columns = _with_extras(connection, rows)
-    ids = databases.of(connection.alias).insert(connection, values, columns=columns)
+    insert, ids = databases.of(connection.alias).insert, []
+    for portion in _portions(values):
+        ids += insert(connection, portion, columns=columns)
     for row, pk in zip(rows, ids, strict=True):
         _settle_in(row, pk, connection)
 
@@ -202,10 +205,10 @@ def _write(connection: Any, rows: list[TaskModel]) -> None:
 def _write_unless_taken(connection: Any, rows: list[TaskModel]) -> list[bool]:
     """Insert those of ``rows`` whose keys, all different, are free; return which."""
     values, columns = _with_extras(connection, rows)
+    insert, ids = databases.of(connection.alias).insert_unless_taken, []
     with transaction.mark_for_rollback_on_error(using=connection.alias):
-        ids = databases.of(connection.alias).insert_unless_taken(
-            connection, values, columns=columns
-        )
+        for portion in _portions(values):
+            ids += insert(connection, portion, columns=columns)
     for row, pk in zip(rows, ids, strict=True):
         if pk is not None:
             _settle_in(row, pk, connection)
@@ -234,18 +237,26 @@ def _extra_fields() -> list[Any]:
     return [TaskModel._meta.get_field(name) for name in EXTRAS]
 
 
-def _batches(rows: Iterable[TaskModel], size: int) -> Iterator[list[TaskModel]]:
-    """Cut ``rows`` into what one statement can take, by number and by length."""
-    batch: list[TaskModel] = []
+def _portions(values: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+    """Cut what is to be inserted into what one statement may hold, by the length of its texts."""
+    if len(values) == 1:
+        yield values
+        return
+    portion: list[tuple[Any, ...]] = []
     length = 0
-    for row in rows:
-        if batch and (len(batch) >= size or length + len(row.raw_params) > STATEMENT_BYTES_MAX):
-            yield batch
-            batch, length = [], 0
-        batch.append(row)
-        length += len(row.raw_params)
-    if batch:
-        yield batch
+    for row in values:
+        own = sum(_bytes_at_most(value) for value in row if isinstance(value, str))
+        if portion and length + own > STATEMENT_BYTES_MAX:
+            yield portion
+            portion, length = [], 0
+        portion.append(row)
+        length += own
+    yield portion
+
+
+def _bytes_at_most(text: str) -> int:
+    # Encoding each text to count its bytes would cost as much as sending it.
+    return len(text) if text.isascii() else 4 * len(text)
 
 
 def _alias(using: str | None) -> str:

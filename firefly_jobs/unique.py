@@ -24,7 +24,7 @@ from .wakeup import announce
 TRIES_MAX = 20
 BATCH_SIZE = 1_000
 
-# Inserts those of some rows whose keys are free, and returns which.
+# Inserts those of some rows whose keys are free, in their order, and returns which.
 Write = Callable[[Any, list[TaskModel]], list[bool]]
 
 # What the latest call says, where it replaces one that waits; and what that one has left.

@@ -6,7 +6,7 @@ import pytest
 from django.db import connection, transaction
 from django.utils import timezone
 
-from firefly_jobs import Fixed, enqueue
+from firefly_jobs import Fixed, enqueue, schedule_many
 from firefly_jobs.models import TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import captured_statements, outside, run_burst
@@ -15,6 +15,7 @@ from tests.testapp.models import Effect
 pytestmark = pytest.mark.django_db(transaction=True)
 
 COUNT = 2_500
+TAGS = [f"{number:x<98}" for number in range(100)]
 
 
 def rows(count=COUNT):
@@ -39,6 +40,37 @@ def test_rows_longer_than_one_statement_may_be_are_written():
 
     assert len(written) == TaskModel.objects.count() == 300
     assert TaskModel.objects.get(pk=written[-1].pk).params["args"][1] == 299
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        pytest.param("x" * 20_000, lambda n: {"unique_key": f"k{n}"}, id="arguments and a key"),
+        pytest.param("", lambda n: {"metadata": {"a": "x" * 20_000}}, id="metadata"),
+        pytest.param(
+            "",
+            lambda n: {"unique_key": f"k{n}", "metadata": {"a": "\N{BUTTERFLY}" * 2_000}},
+            id="metadata and a key",
+        ),
+        pytest.param(
+            "",
+            lambda n: {"description": "\N{BUTTERFLY}" * 2_000, "tags": TAGS},
+            id="words for people",
+        ),
+    ],
+)
+def test_whatever_makes_rows_long_they_are_cut_into_statements(text, options):
+    # 20 MB in all; and what the caller has open survives.
+    with transaction.atomic():
+        Effect.objects.create(task_key="before", value=1)
+
+        written = schedule_many(
+            tasks.insert.job.with_args(text, n).with_options(**options(n)) for n in range(1_000)
+        )
+
+    assert [row.params["args"][1] for row in written] == list(range(1_000))
+    assert len({row.pk for row in written}) == TaskModel.objects.count() == 1_000
+    assert Effect.objects.count() == 1
 
 
 def test_a_row_written_among_many_is_that_of_a_row_written_alone():
