@@ -252,8 +252,10 @@ class MySQL(Database):
     def holder(self, connection: Any, key: str) -> int | None:
         """Read the entry of the index that the failed INSERT has locked, and nothing else."""
         # A plain SELECT under REPEATABLE READ shows the snapshot, where the row may not be
-        # yet.  A shared lock on the index alone cannot meet the consumer that settles the
-        # row in a deadlock: that one waits for the index while it holds the row.
+        # yet.  The lock is the one that the failed INSERT has left until the transaction ends,
+        # so to read without it would free nobody.  Whoever settles the row holds that and
+        # waits for the index: a deadlock only if this transaction goes on to lock something
+        # that the other one has, such as the slot of a concurrency key that both share.
         with connection.cursor() as cursor:
             cursor.execute(
                 f"SELECT id FROM {TABLE} FORCE INDEX (firefly_active_key) "  # noqa: S608 - only our own names are formatted in

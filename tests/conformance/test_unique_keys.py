@@ -5,10 +5,18 @@ from datetime import timedelta
 from unittest import mock
 
 import pytest
-from django.db import connection, transaction
+from django.db import OperationalError, connection, transaction
 from django.utils import timezone
 
-from firefly_jobs import Cancel, TaskAlreadyScheduled, lifecycle, schedule_many, task, unique
+from firefly_jobs import (
+    Cancel,
+    TaskAlreadyScheduled,
+    enqueue,
+    lifecycle,
+    schedule_many,
+    task,
+    unique,
+)
 from firefly_jobs.models import TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import (
@@ -359,6 +367,19 @@ def test_a_key_that_never_rests_is_given_up():
         pytest.raises(TaskAlreadyScheduled, match="changed hands 20 times"),
     ):
         keyed.schedule("new")
+
+
+@pytest.mark.mysql
+def test_the_failed_insert_alone_keeps_the_key_locked_so_reading_its_holder_costs_nothing_more():
+    first = keyed.schedule("a")
+    lock = "SELECT id FROM firefly_jobs_taskmodel WHERE active_key = 'k' FOR UPDATE NOWAIT"
+
+    with transaction.atomic():
+        assert enqueue._write_unless_taken(connection, [keyed.row(("b",), {})]) == [False]
+        with pytest.raises(OperationalError):
+            outside(lambda: query(connection, lock))
+
+    assert query(connection, lock) == [(first.pk,)]
 
 
 # --- many at once
