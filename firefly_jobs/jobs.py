@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from .conf import suggestion
 from .exceptions import TaskDefinitionError
@@ -114,21 +114,21 @@ class Job(metaclass=_JobType):
         if "options" not in self.__dict__:
             message = f"{type(self).__name__}.__init__ must call super().__init__()."
             raise TypeError(message)
-        self._validate()
+        if type(self) is not Job:
+            self._check_arguments()
         self._is_sealed = True
 
-    def _validate(self) -> None:
-        """Let a job type look at its arguments, if all of them are there."""
-        validate = getattr(self, "validate", None)
-        if validate is None:
-            return
+    def _check_arguments(self) -> None:
+        """Refuse what ``run`` can never be called with; validate it if all of it is there."""
         signature = self.task.signature
+        for word in self.kwargs:
+            if not signature.takes(word):
+                _refuse_argument(word, self.task)
         kwargs = signature.complete(self.args, self.kwargs, self.options.kwargs)
-        try:
-            bound = signature.bind(self.args, kwargs)
-        except TypeError:
-            return
-        call_with(validate, by_name(bound))
+        bound = signature.bind_partial(self.args, kwargs)
+        validate = getattr(self, "validate", None)
+        if validate is not None and signature.is_complete(bound):
+            call_with(validate, by_name(bound))
 
     def _copy(self, **changes: Any) -> Self:
         job = copy.copy(self)
@@ -332,6 +332,22 @@ def _of_own_task(
     words = {k: v for k, v in kwargs.items() if k in _WORDS and not task.signature.takes(k)}
     own = {k: v for k, v in kwargs.items() if k not in words}
     return task, args, own, task.options.using(**_translated(words))
+
+
+def _refuse_argument(word: str, task: BaseTask[Any, Any]) -> NoReturn:
+    """Raise ``TypeError`` for a word that is neither an argument nor an option of a job type."""
+    parameters = task.signature.plain.parameters
+    if word in parameters:
+        reason = f"takes {word!r} by its position only."
+    elif word in _WORDS:
+        reason = f"takes no argument {word!r}. It is an option: use with_options({word}=...)."
+    elif word in FIXED:
+        reason = f"takes no argument {word!r}. It is an option of the type: set it in the class."
+    else:
+        hint = suggestion(word, (*parameters, *_WORDS))
+        reason = f"takes no argument and no option {word!r}.{hint}"
+    message = f"{task.name} {reason}"
+    raise TypeError(message)
 
 
 def schedule_many(jobs: Iterable[Job | BaseTask[Any, Any]]) -> list[TaskModel]:

@@ -68,10 +68,33 @@ class CallSignature:
         Raises:
             TypeError: If the function cannot be called like this.
         """
+        return self._bound(self.plain.bind, args, kwargs)
+
+    def bind_partial(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> inspect.BoundArguments:
+        """Bind arguments to which others may come; errors as for :meth:`bind`."""
+        return self._bound(self.plain.bind_partial, args, kwargs)
+
+    def is_complete(self, bound: inspect.BoundArguments) -> bool:
+        """Whether nothing is missing of what :meth:`bind_partial` has bound."""
+        return all(
+            name in bound.arguments
+            or parameter.default is not _Parameter.empty
+            or parameter.kind in {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}
+            for name, parameter in self.plain.parameters.items()
+        )
+
+    def _bound(
+        self,
+        bind: Callable[..., inspect.BoundArguments],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> inspect.BoundArguments:
         if self._context is not None and self._context in kwargs:
             self._refuse(f"the consumer passes {self._context!r} itself (takes_context=True)")
         try:
-            return self.plain.bind(*args, **kwargs)
+            return bind(*args, **kwargs)
         except TypeError as error:
             self._refuse(str(error))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -232,6 +233,34 @@ def test_words_that_run_takes_are_arguments():
 
     assert (job.kwargs, job.options.queue, job.options.priority) == ({"priority": 3}, "x", 0)
     assert job.options.max_retries == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Limited(max_retrys=1), "no option 'max_retrys'. Did you mean 'max_retries'?"),
+        (lambda: Limited(1, factr=2), "no option 'factr'. Did you mean 'factor'?"),
+        (lambda: Insert("k", prioritty=2), "no option 'prioritty'. Did you mean 'priority'?"),
+        (lambda: Limited(1).with_kwargs(factr=2), "no option 'factr'. Did you mean 'factor'?"),
+        (lambda: Limited(1).with_kwargs(queue="x"), "an option: use with_options(queue=...)."),
+        (lambda: Limited(1, atomic=False), "an option of the type: set it in the class."),
+        (lambda: Limited(1, 2), "cannot be called like this: too many positional arguments"),
+        (lambda: Limited(1, priority=2), "multiple values for argument 'priority'"),
+        (lambda: Limited(1).with_args(1, 2), "too many positional arguments"),
+    ],
+)
+def test_what_run_can_never_be_called_with_is_refused_at_once(make, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make()
+
+
+def test_arguments_may_come_later():
+    assert Limited().with_kwargs(factor=2).with_args(3).schedule().params == {
+        "args": (3,),
+        "kwargs": {"factor": 2},
+    }
+    with pytest.raises(TypeError, match="missing a required argument: 'priority'"):
+        Limited(factor=2).schedule()
 
 
 def test_a_job_is_validated_when_its_arguments_are_there():
