@@ -30,11 +30,13 @@ from .options import OnConflict, TaskOptions, UniqueKey, check_key, check_words
 from .priorities import PriorityName
 from .resources import Limit
 from .retries import RetryStrategy
-from .signatures import CallSignature, by_name
+from .signatures import CallSignature, by_name, call_with
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# Raises if a call's arguments are wrong; gets those that it names.
+Validate = Callable[..., Any]
 RetryOn = tuple[type[BaseException] | str, ...] | type[BaseException]
 
 
@@ -50,6 +52,9 @@ class BaseTask(Generic[P, R]):
     """
 
     is_async = False
+
+    # Of a job type that validates: returns its ``validate`` for one call.
+    _validation: Callable[[TaskOptions, tuple[Any, ...], dict[str, Any]], Validate] | None = None
 
     def __init__(self, func: Callable[P, R], options: TaskOptions) -> None:
         functools.update_wrapper(self, func)
@@ -112,14 +117,30 @@ class BaseTask(Generic[P, R]):
         return self.row_of(options, args, kwargs)
 
     def row_of(
-        self, options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        options: TaskOptions,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        validate: Validate | None = None,
     ) -> TaskModel:
-        """Return the unwritten row of one call with ``options``; errors as for :meth:`row`."""
+        """Return the unwritten row of one call with ``options``; errors as for :meth:`row`.
+
+        Args:
+            options: In place of the task's own.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            validate: Looks at the arguments; without it the job type does, if it is one's task.
+        """
         if options.kwargs:
             kwargs = self.signature.complete(args, kwargs, options.kwargs)
         bound = self.signature.bind(args, kwargs)
         if options.check_types:
             self.signature.check_types(bound)
+        if validate is None and self._validation is not None:
+            validate = self._validation(options, args, kwargs)
+        if validate is not None:
+            call_with(validate, by_name(bound))
         key = options.unique_key
         if callable(key):
             key = answer_of(key, by_name(bound), word="unique_key", task=self.name)
@@ -294,11 +315,14 @@ def define_job_type(kind: type[Job], options: TaskOptions) -> BaseTask[Any, Any]
     run: Any = kind.run  # type: ignore[attr-defined]  # why it is called
     is_async = inspect.iscoroutinefunction(run)
 
-    def called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def job_of(options: TaskOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Not through the constructor, which may compute these arguments from others.
         job = kind.__new__(kind)
-        job._fill(made, args, kwargs, made.options)  # noqa: SLF001 - what else a job is made of
-        return job.run(*args, **kwargs)  # type: ignore[attr-defined]  # the type defines it
+        job._fill(made, args, kwargs, options)  # noqa: SLF001 - what else a job is made of
+        return job
+
+    def called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return job_of(made.options, args, kwargs).run(*args, **kwargs)
 
     def func(*args: Any, **kwargs: Any) -> Any:
         return called(args, kwargs)
@@ -317,6 +341,8 @@ def define_job_type(kind: type[Job], options: TaskOptions) -> BaseTask[Any, Any]
         message = f"{kind.__qualname__} cannot be a job type: {reason}. Define it in a module."
         raise TaskDefinitionError(message)
     made: BaseTask[Any, Any] = (AsyncTask if is_async else Task)(stand_in, options)
+    if hasattr(kind, "validate"):
+        made._validation = lambda *call: job_of(*call).validate  # noqa: SLF001 - the other half of it
     registry.register(made)
     return made
 

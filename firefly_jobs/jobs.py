@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from .conf import suggestion
@@ -62,7 +63,7 @@ class Job(metaclass=_JobType):
 
     task: BaseTask[Any, Any]
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Mapping[str, Any]
     options: TaskOptions
 
     # The option words among a subclass's attributes.
@@ -101,11 +102,12 @@ class Job(metaclass=_JobType):
         self,
         task: BaseTask[Any, Any],
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        kwargs: Mapping[str, Any],
         options: TaskOptions,
     ) -> None:
         task.check_options(options)
-        self.task, self.args, self.kwargs, self.options = task, args, kwargs, options
+        self.task, self.args, self.options = task, args, options
+        self.kwargs = MappingProxyType(dict(kwargs))
         for word in self._defaults:
             # Reading a type's default from a job tells what holds for this one.
             setattr(self, word, getattr(options, _SYNONYMS.get(word, word)))
@@ -149,6 +151,13 @@ class Job(metaclass=_JobType):
     def __delattr__(self, name: str) -> None:
         message = f"A job is immutable, so {name} cannot be deleted."
         raise AttributeError(message)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A read-only view cannot be pickled.
+        return {**self.__dict__, "kwargs": dict(self.kwargs)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, kwargs=MappingProxyType(state["kwargs"]))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Job) or type(other) is not type(self):
@@ -264,8 +273,11 @@ class Job(metaclass=_JobType):
         Raises:
             TypeError: If the arguments do not fit the function's signature.
             PayloadError: If they cannot be stored.
+
+        What a job type's ``validate`` raises comes from here, too.
         """
-        return self.task.row_of(self.options, self.args, self.kwargs)
+        validate = getattr(self, "validate", None)
+        return self.task.row_of(self.options, self.args, dict(self.kwargs), validate=validate)
 
     def schedule(self) -> TaskModel:
         """Write one row for this call, in the caller's transaction; errors as :meth:`row`."""

@@ -1,9 +1,10 @@
 """Jobs: immutable calls, types of one's own, and many at once."""
 
 import asyncio
+import copy
 import pickle
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from asgiref.sync import async_to_sync
@@ -61,6 +62,17 @@ class Limited(Job):
 
     def run(self, priority, *, factor=1):
         return priority * factor
+
+
+class Listed(Job):
+    largest = 100
+
+    def run(self, values):
+        return sum(values)
+
+    def validate(self, values):
+        if max(values) > self.largest:
+            raise ValueError("a value is too large")
 
 
 class Abstract(Job):
@@ -137,6 +149,21 @@ def test_a_job_cannot_be_changed():
             setattr(job, name, 1)
     with pytest.raises(AttributeError, match="cannot be deleted"):
         del job.args
+
+
+def test_the_arguments_of_a_job_cannot_be_changed_either():
+    given = {"b": 1}
+    job: Any = Job(add, (1,), given)
+    copied = job.with_queue("other")
+    given["b"] = 2
+
+    others: list[Any] = [Insert("k"), pickle.loads(pickle.dumps(job)), copy.deepcopy(job)]
+    for each in (job, copied, *others):
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            each.kwargs["b"] = 3
+    assert job.kwargs == copied.kwargs == {"b": 1}
+    assert {**job.kwargs, "c": 2} == {"b": 1, "c": 2}
+    assert job.schedule().params == {"args": (1,), "kwargs": {"b": 1, "c": 7}}
 
 
 @pytest.mark.parametrize(
@@ -270,6 +297,27 @@ def test_a_job_is_validated_when_its_arguments_are_there():
     with pytest.raises(ValueError, match="too large"):
         good.with_kwargs(value=101)
     assert good.with_kwargs(value=100).schedule().pk
+
+
+def test_nothing_passes_by_what_a_job_type_validates():
+    task, listed = cast("Any", Insert.task), cast("Any", Listed.task)
+    made = Listed([1])
+    made.args[0].append(1_000)
+
+    for schedules in (
+        made.schedule,
+        lambda: schedule_many([made]),
+        lambda: task.schedule("k", 101),
+        lambda: task.using(queue="x").schedule("k", value=101),
+        lambda: task.job.with_args("k", 101).schedule(),
+        lambda: async_to_sync(task.aschedule)("k", 101),
+        lambda: listed.schedule([101]),
+    ):
+        with pytest.raises(ValueError, match="too large"):
+            schedules()
+
+    assert not TaskModel.objects.exists()
+    assert task.schedule("k", 100).params["args"] == ("k", 100)
 
 
 def test_a_job_type_that_no_consumer_would_find_is_refused():
