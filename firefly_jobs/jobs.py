@@ -35,6 +35,8 @@ __all__ = ["Job", "Priority", "aschedule_many", "schedule_many"]
 
 # What a job calls otherwise than a task does: a job's name is for people.
 _SYNONYMS = {"name": "label", "timeout": "time_limit"}
+# What a job is made of.
+_PARTS = ("task", "args", "kwargs", "options")
 _WORDS = (*_SYNONYMS, *(word for word in OPTION_WORDS if word not in FIXED))
 
 
@@ -68,6 +70,8 @@ class Job(metaclass=_JobType):
 
     # The option words among a subclass's attributes.
     _defaults: ClassVar[tuple[str, ...]] = ()
+    # What a constructor had set for other arguments than these.
+    _outdated: tuple[str, ...] = ()
     _is_sealed = False
 
     if TYPE_CHECKING:
@@ -135,12 +139,37 @@ class Job(metaclass=_JobType):
     def _copy(self, **changes: Any) -> Self:
         job = copy.copy(self)
         job.__dict__.pop("_is_sealed", None)
-        values = {name: getattr(self, name) for name in ("task", "args", "kwargs", "options")}
+        values = {name: getattr(self, name) for name in _PARTS}
+        if not changes.keys().isdisjoint({"args", "kwargs"}):
+            job._forget_attributes()  # noqa: SLF001 - a job of the same class
         job._fill(**{**values, **changes})  # noqa: SLF001 - a job of the same class
         job._seal()  # noqa: SLF001 - likewise
         return job
 
+    def _forget_attributes(self) -> None:
+        """Drop what a constructor has set: it was worked out from other arguments."""
+        own = [
+            word for word in self.__dict__ if word not in (*_PARTS, *self._defaults, "_outdated")
+        ]
+        for word in own:
+            del self.__dict__[word]
+        self._outdated = (*self._outdated, *own)
+
     # --- what it is
+
+    if not TYPE_CHECKING:
+        # A type checker would take every attribute for one that there is.
+        def __getattr__(self, name):
+            # Not by self._outdated: while a copy is made there is nothing yet.
+            if name not in self.__dict__.get("_outdated", ()):
+                # Raises as usual; what a property raises, too.
+                return object.__getattribute__(self, name)
+            kind = type(self).__name__
+            message = (
+                f"{name} was set by {kind}.__init__ for the arguments it was given, and "
+                f"this job has others. Make a new {kind}, or let {name} be a property."
+            )
+            raise AttributeError(message)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._is_sealed:

@@ -38,6 +38,10 @@ class Insert(Job):
         super().__init__(key, value=5 * factor, **options)
         self.after = "set after"
 
+    @property
+    def upper(self):
+        return self.args[0].upper()
+
     def run(self, key, value):
         Effect.objects.create(task_key=key, value=value)
         return f"{self.kwargs['value']} {self.effects_left}"
@@ -243,6 +247,27 @@ def test_what_a_constructor_sets_can_be_read():
     assert (job.target, job.after, job.queue, job.effects_left) == ("k!", "set after", "other", 3)
     assert Insert.queue == "inserts"
     assert find("old.Insert") is find("tests.conformance.test_jobs.Insert") is Insert.task
+
+
+def test_what_a_constructor_has_set_does_not_outlive_its_arguments():
+    job: Any = Insert("k")
+
+    for other in (job.with_args("x"), job.with_kwargs(value=1).with_queue("other")):
+        for name in ("target", "after"):
+            with pytest.raises(AttributeError, match=rf"{name} was set by Insert\.__init__ for"):
+                getattr(other, name)
+        assert (other.upper, other.priority) == (other.args[0].upper(), 10)
+        assert not hasattr(other, "never_set")
+        copied = pickle.loads(pickle.dumps(other))
+        assert copied == other and not hasattr(copied, "target")  # noqa: PT018 - one fact
+    assert (job.target, job.upper) == ("k!", "K")
+
+
+def test_an_attribute_that_never_was_is_missing_as_usual():
+    with pytest.raises(AttributeError, match="'Insert' object has no attribute 'targt'"):
+        Insert("k").targt  # type: ignore[attr-defined]  # noqa: B018 - the mistake
+    with pytest.raises(AttributeError, match="'int' object has no attribute 'upper'"):
+        Insert(5).upper  # noqa: B018 - what the property raises
 
 
 def test_a_type_inherits_and_is_one_of_its_own():
