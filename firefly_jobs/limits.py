@@ -21,7 +21,7 @@ from typing import Any
 from uuid import UUID
 
 from .conf import DURATION_SECONDS_MAX
-from .signatures import call_with
+from .signatures import call_with, check_called_by_name
 
 # A parameter's name, a callable of the call's arguments, or None for all calls of the task.
 LimitKey = str | Callable[..., str | None] | None
@@ -34,7 +34,8 @@ RATE_LENGTH_MAX = 32
 LINE_LENGTH_MAX = 255 + 2
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _RATE = re.compile(r"\s*(\d+)\s*/\s*(\d*)\s*([smhd])\s*")
-# What one parameter's value may be, to be part of a key: these are equal if their texts are.
+# What one parameter's value may be, to be part of a key.  The text decides: 1 and "1" count
+# together, as they do in a URL; 1, 1.0 and True do not, though Python takes them for equal.
 _PLAIN = (str, int, float, Decimal, UUID, date, time, timedelta, type(None))
 
 
@@ -91,6 +92,8 @@ def _check_key(option: str, key: Any) -> None:
             f"or None, got a {type(key).__name__}."
         )
         raise TypeError(message)
+    if callable(key):
+        check_called_by_name(f"The key of {option}", key)
 
 
 def as_concurrency(value: Any) -> Concurrency | None:

@@ -32,6 +32,7 @@ from .priorities import as_number
 from .resources import Limit, fold
 from .retries import Fixed, RetryStrategy, exception_names
 from .serializers import FORMATS
+from .signatures import check_called_by_name
 
 NAME_LENGTH_MAX = LABEL_LENGTH_MAX = 200
 KEY_LENGTH_MAX = 255
@@ -165,7 +166,9 @@ class TaskOptions:
         self._set("metadata", _plain_metadata(self.metadata))
 
     def _check_key(self) -> None:
-        if self.unique_key is not None and not callable(self.unique_key):
+        if callable(self.unique_key):
+            check_called_by_name("unique_key", self.unique_key)
+        elif self.unique_key is not None:
             check_key(self.unique_key)
         if self.on_conflict not in get_args(OnConflict):
             words = ", ".join(map(repr, get_args(OnConflict)))
@@ -335,6 +338,12 @@ def check_key(key: Any, *, word: str = "unique_key") -> str:
             f"{word} must be text or a callable that returns text, got a {type(key).__name__}."
         )
         raise TypeError(message)
+    if len(key) > KEY_LENGTH_MAX:
+        message = (
+            f"{word} must have 1 to {KEY_LENGTH_MAX} characters, got {len(key):,}. Use a callable "
+            f"that hashes what is long: hashlib.sha256(text.encode()).hexdigest()."
+        )
+        raise ValueError(message)
     _check_text(word, key, KEY_LENGTH_MAX, least=1)
     if key != key.strip():
         # Compared without regard to trailing spaces by some collations.

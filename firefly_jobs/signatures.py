@@ -205,4 +205,28 @@ def call_with(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is _Parameter.VAR_KEYWORD for p in parameters):
         return function(**arguments)
-    return function(**{p.name: arguments[p.name] for p in parameters if p.name in arguments})
+    taken = [p.name for p in parameters if p.kind in _KEYWORDS and p.name in arguments]
+    return function(**{name: arguments[name] for name in taken})
+
+
+def check_called_by_name(word: str, function: Callable[..., Any]) -> None:
+    """Raise ``TypeError`` if :func:`call_with` cannot tell what ``function`` takes.
+
+    Args:
+        word: What messages call it.
+        function: The callable that an option was given.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        message = f"{word} is {function!r}, of which Python does not know the parameters."
+    else:
+        kinds = {p.kind for p in parameters}
+        if _Parameter.POSITIONAL_ONLY not in kinds and (
+            _Parameter.VAR_POSITIONAL not in kinds or _Parameter.VAR_KEYWORD in kinds
+        ):
+            return
+        message = f"{word} takes arguments by position, and is given those of a call by name."
+    example = "lambda user_id: str(user_id)"
+    message = f"{message} Name the parameters it needs, as in {example}, or take all as **kwargs."
+    raise TypeError(message)

@@ -68,6 +68,8 @@ def test_the_option_concurrency_is_a_number_or_a_value(value):
 def test_a_key_is_a_name_a_callable_or_none(kind):
     with pytest.raises(TypeError, match=r"The key of \w+ must be a parameter's name, .* got a int"):
         kind(5)
+    with pytest.raises(TypeError, match=r"The key of \w+ takes arguments by position"):
+        kind(lambda *key: "k")
 
 
 def test_short_forms_stand_for_all_calls_of_the_task():
@@ -147,6 +149,8 @@ def test_without_a_key_all_calls_of_the_task_count_together():
         ("a b ", "a b "),
         (None, "None"),
         (True, "True"),
+        ("5", "5"),  # the same as the number, as in a URL
+        (5.0, "5.0"),
         (Decimal("1.50"), "1.50"),
         (date(2026, 1, 2), "2026-01-02"),
         (UUID(int=1), "00000000-0000-0000-0000-000000000001"),

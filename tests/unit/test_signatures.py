@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Optional, Protocol, TypedDict
 import pytest
 
 from firefly_jobs.exceptions import TaskDefinitionError
-from firefly_jobs.signatures import CallSignature, by_name, call_with
+from firefly_jobs.signatures import CallSignature, by_name, call_with, check_called_by_name
 
 
 class Named(Protocol):
@@ -38,6 +38,32 @@ def test_a_callable_gets_the_arguments_it_takes():
     assert call_with(lambda: "none", arguments) == "none"
     with pytest.raises(TypeError, match="missing 1 required"):
         call_with(lambda other: other, arguments)
+
+
+def test_a_callable_that_takes_more_than_names_is_called_all_the_same():
+    assert call_with(lambda b, *a: (a, b), {"a": (1, 2), "b": 2}) == ((), 2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda: "k", lambda a, *, b=1: a, lambda **k: k, lambda *a, **k: k, "text".upper, Named],
+)
+def test_a_callable_whose_parameters_have_names_is_accepted(function):
+    check_called_by_name("unique_key", function)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (type("Odd", (), {"__call__": str, "__signature__": 5})(), "does not know the parameters"),
+        (lambda *a: a, "unique_key takes arguments by position, and is given those of a call by n"),
+        (lambda a, /, **k: a, "takes arguments by position"),
+        (print, "takes arguments by position"),
+    ],
+)
+def test_a_callable_that_cannot_be_called_by_name_is_refused(function, message):
+    with pytest.raises(TypeError, match=f"{message}.*as in lambda user_id: str"):
+        check_called_by_name("unique_key", function)
 
 
 def test_defaults_give_way_to_what_a_call_says_in_whatever_way():
