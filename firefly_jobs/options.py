@@ -323,7 +323,7 @@ def check_expires(expires: Any) -> None:
     if isinstance(expires, datetime):
         check_eta(expires, word="expires")
     elif expires is not None:
-        _require_duration("expires", expires)
+        _require_duration("expires", expires, may_be_zero=False)
 
 
 def check_key(key: Any, *, word: str = "unique_key") -> str:
@@ -401,12 +401,11 @@ def _require_count(name: str, value: Any, *, least: int = 0) -> None:
         raise ValueError(message)
 
 
-def _require_duration(name: str, value: Any) -> None:
+def _require_duration(name: str, value: Any, *, may_be_zero: bool = True) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | timedelta):
         message = f"{name} must be seconds or a timedelta, got {value!r}."
         raise TypeError(message)
-    if not 0 <= seconds(value) <= DURATION_SECONDS_MAX:
-        message = (
-            f"{name} must be zero or more seconds, at most {DURATION_SECONDS_MAX}, got {value!r}."
-        )
+    if not 0 <= seconds(value) <= DURATION_SECONDS_MAX or not (may_be_zero or value):
+        least = "zero or more" if may_be_zero else "more than zero"
+        message = f"{name} must be {least} seconds, at most {DURATION_SECONDS_MAX}, got {value!r}."
         raise ValueError(message)

@@ -419,7 +419,7 @@ def test_workers_execute_rows_and_settle_them(any_cluster):
 
 def test_what_fails_in_a_worker_is_retried_and_fails_as_everywhere(cluster):
     row = tasks.add.job.with_args("a", 1).with_options(max_retries=1, retry_delay=0).schedule()
-    late = tasks.write_effect.using(expires=0.0).schedule("late")
+    late = tasks.write_effect.using(expires=1e-6).schedule("late")
 
     with sending(cluster):
         eventually(has_ended(row, late), timeout_seconds=PATIENCE)

@@ -323,7 +323,10 @@ def test_metadata_is_a_copy_as_json_gives_it_back():
         ({"on_conflict": "retrun"}, ValueError, "on_conflict must be one of .*mean 'return'"),
         ({"expires": datetime(2031, 1, 1)}, ValueError, "expires must be timezone-aware"),  # noqa: DTZ001 - the mistake
         ({"expires": "soon"}, TypeError, "expires must be seconds or a timedelta"),
-        ({"expires": -1}, ValueError, "expires must be zero or more seconds"),
+        ({"expires": -1}, ValueError, "expires must be more than zero seconds"),
+        ({"expires": 0.0}, ValueError, "expires must be more than zero seconds, .* got 0.0"),
+        ({"expires": timedelta()}, ValueError, "expires must be more than zero seconds"),
+        ({"expires": math.nan}, ValueError, "expires must be more than zero seconds"),
         ({"check_types": 1}, TypeError, "check_types must be True or False"),
         ({"kwargs": [1]}, TypeError, "kwargs must be a dictionary of arguments"),
         ({"priority": "hgih"}, ValueError, "Did you mean 'high'"),
