@@ -348,17 +348,14 @@ def define_job_type(kind: type[Job], options: TaskOptions) -> BaseTask[Any, Any]
 
 
 def _decorate(kind: type[BaseTask[Any, Any]], func: Any, words: dict[str, Any]) -> Any:
-    words.pop("eta", None) if words.get("eta") is None else _refuse_eta()
+    if words.pop("eta", None) is not None:
+        message = "eta belongs to a call: use schedule(..., eta=...) or using(eta=...)."
+        raise TypeError(message)
     check_words(words)
     options = TaskOptions(**words)
     if func is None:
         return functools.partial(_define, kind, options)
     return _define(kind, options, func)
-
-
-def _refuse_eta() -> None:
-    message = "eta belongs to a call: use schedule(..., eta=...) or using(eta=...)."
-    raise TypeError(message)
 
 
 def _define(kind: type[BaseTask[Any, Any]], options: TaskOptions, func: Any) -> Any:
