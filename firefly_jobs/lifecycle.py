@@ -435,10 +435,10 @@ def hasten(pk: int, *, attempt: int, using: str) -> bool:
 
 
 def cancel(ids: Sequence[int], *, using: str) -> int:
-    """Cancel rows that have not started; return how many were cancelled."""
+    """Cancel rows that wait, for their start or for a retry; return how many were cancelled."""
     waiting = [Status.CREATED, Status.BLOCKED]
     rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=waiting)
-    columns = {"error": "cancelled before it started", "active_key": None, "limit_key": None}
+    columns = {"error": "cancelled while it waited", "active_key": None, "limit_key": None}
     with databases.of(using).write_transaction(connections[using]):
         cancelled = rows.filter(limit_key__isnull=True).update(status=Status.CANCELLED, **columns)
         if cancelled < len(ids):

@@ -203,7 +203,7 @@ class TaskModel(models.Model):
         return self.fence > 0 and self.attempts.filter(number__gt=0).exists()
 
     def cancel(self) -> bool:
-        """Cancel this call if it has not started; return whether it was cancelled."""
+        """Cancel this call if it waits, for its start or a retry; return whether it did."""
         from . import lifecycle  # noqa: PLC0415 - a verb on a value, see ARCHITECTURE layers
 
         return lifecycle.cancel([self.pk], using=self._state.db or "default") == 1

@@ -82,7 +82,7 @@ def failed(transactional_db) -> TaskModel:
             number, returned={"sum": number}, duration=0.004 * (number + 1), ago=3600 - 60 * number
         )
     create_task("later", status=Status.CREATED, queue="mail", priority=50, ago=30)
-    create_task("not wanted", status=Status.CANCELLED, error="cancelled before it started")
+    create_task("not wanted", status=Status.CANCELLED, error="cancelled while it waited")
     running = create_task("long", status=Status.RUNNING, consumer=consumer.pk, fence=1, ago=90)
     retried = create_task("again", status=Status.CREATED, retry_attempts=1, max_retries=5, ago=60)
     failed = create_task(

@@ -221,6 +221,17 @@ def test_cancel_ends_the_task_and_rolls_back():
     assert effects() == []
 
 
+def test_what_a_cancelled_row_says_is_true_of_one_that_waited_for_a_retry():
+    retried = run_one(lambda: 1 / 0, max_retries=1, retry_delay=60)
+    fresh = schedule(lambda: None)
+
+    for row, has_run in ((retried, True), (fresh, False)):
+        assert row.cancel()
+        row.refresh_from_db()
+        assert row.already_run == has_run
+        assert (row.status, row.error) == ("cancelled", "cancelled while it waited")
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(Retry(delay=60), "created"), (Snooze(delay=60), "created"), (Cancel("no"), "cancelled")],

@@ -227,7 +227,7 @@ def test_what_a_person_cancels_while_it_is_waited_for_ends_the_wait(status, unpo
     row = TaskModel.objects.get()
     with waited_for(row) as waiter:
         assert outside(TaskModel.objects.get(pk=row.pk).cancel)
-        with pytest.raises(TaskCancelled, match="cancelled before it started"):
+        with pytest.raises(TaskCancelled, match="cancelled while it waited"):
             waiter.result(timeout_seconds=AT_ONCE_SECONDS)
 
 
