@@ -341,7 +341,7 @@ def define_job_type(kind: type[Job], options: TaskOptions) -> BaseTask[Any, Any]
         message = f"{kind.__qualname__} cannot be a job type: {reason}. Define it in a module."
         raise TaskDefinitionError(message)
     made: BaseTask[Any, Any] = (AsyncTask if is_async else Task)(stand_in, options)
-    if hasattr(kind, "validate"):
+    if kind.validate is not None:
         made._validation = lambda *call: job_of(*call).validate  # noqa: SLF001 - the other half of it
     registry.register(made)
     return made

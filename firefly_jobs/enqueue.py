@@ -237,21 +237,20 @@ def _extra_fields() -> list[Any]:
     return [TaskModel._meta.get_field(name) for name in EXTRAS]
 
 
-def _portions(values: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+def _portions(values: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
     """Cut what is to be inserted into what one statement may hold, by the length of its texts."""
     if len(values) == 1:
-        yield values
-        return
-    portion: list[tuple[Any, ...]] = []
+        return [values]
+    portions: list[list[tuple[Any, ...]]] = [[]]
     length = 0
     for row in values:
         own = sum(_bytes_at_most(value) for value in row if isinstance(value, str))
-        if portion and length + own > STATEMENT_BYTES_MAX:
-            yield portion
-            portion, length = [], 0
-        portion.append(row)
+        if portions[-1] and length + own > STATEMENT_BYTES_MAX:
+            portions.append([])
+            length = 0
+        portions[-1].append(row)
         length += own
-    yield portion
+    return portions
 
 
 def _bytes_at_most(text: str) -> int:

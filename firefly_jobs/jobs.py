@@ -13,7 +13,6 @@ only a word that means another option stands here, in :data:`_SYNONYMS`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from types import MappingProxyType
@@ -67,6 +66,8 @@ class Job(metaclass=_JobType):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     options: TaskOptions
+    # A job type's method: raises if the arguments are wrong, of which it takes some by name.
+    validate: Any = None
 
     # The option words among a subclass's attributes.
     _defaults: ClassVar[tuple[str, ...]] = ()
@@ -132,18 +133,18 @@ class Job(metaclass=_JobType):
                 _refuse_argument(word, self.task)
         kwargs = signature.complete(self.args, self.kwargs, self.options.kwargs)
         bound = signature.bind_partial(self.args, kwargs)
-        validate = getattr(self, "validate", None)
-        if validate is not None and signature.is_complete(bound):
-            call_with(validate, by_name(bound))
+        if self.validate is not None and signature.is_complete(bound):
+            call_with(self.validate, by_name(bound))
 
     def _copy(self, **changes: Any) -> Self:
-        job = copy.copy(self)
+        job = object.__new__(type(self))
+        job.__dict__.update(self.__dict__)
         job.__dict__.pop("_is_sealed", None)
         values = {name: getattr(self, name) for name in _PARTS}
         if not changes.keys().isdisjoint({"args", "kwargs"}):
-            job._forget_attributes()  # noqa: SLF001 - a job of the same class
-        job._fill(**{**values, **changes})  # noqa: SLF001 - a job of the same class
-        job._seal()  # noqa: SLF001 - likewise
+            job._forget_attributes()
+        job._fill(**{**values, **changes})
+        job._seal()
         return job
 
     def _forget_attributes(self) -> None:
@@ -305,8 +306,7 @@ class Job(metaclass=_JobType):
 
         What a job type's ``validate`` raises comes from here, too.
         """
-        validate = getattr(self, "validate", None)
-        return self.task.row_of(self.options, self.args, dict(self.kwargs), validate=validate)
+        return self.task.row_of(self.options, self.args, dict(self.kwargs), validate=self.validate)
 
     def schedule(self) -> TaskModel:
         """Write one row for this call, in the caller's transaction; errors as :meth:`row`."""
