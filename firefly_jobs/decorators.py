@@ -50,6 +50,8 @@ class BaseTask(Generic[P, R]):
     """
 
     is_async = False
+    # Why limits would do nothing for these calls; empty: they do.
+    no_limits = ""
 
     def __init__(self, func: Callable[P, R], options: TaskOptions) -> None:
         functools.update_wrapper(self, func)
@@ -93,9 +95,12 @@ class BaseTask(Generic[P, R]):
         return copy
 
     def check_options(self, options: TaskOptions) -> None:
-        """Raise ``ValueError`` if an option names a parameter that the function has not."""
+        """Raise ``ValueError`` if a limit names no parameter, or would do nothing."""
         for word in ("concurrency", "rate_limit"):
             if (limit := getattr(options, word)) is not None:
+                if self.no_limits:
+                    message = f"{word} would do nothing for {self.name}: {self.no_limits}"
+                    raise ValueError(message)
                 self.signature.check_key(word, limit.key)
 
     def row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskModel:
@@ -317,6 +322,8 @@ def define_job_type(kind: type[Job], options: TaskOptions) -> BaseTask[Any, Any]
         message = f"{kind.__qualname__} cannot be a job type: {reason}. Define it in a module."
         raise TaskDefinitionError(message)
     made: BaseTask[Any, Any] = (AsyncTask if is_async else Task)(stand_in, options)
+    made.no_limits = kind.no_limits
+    made.check_options(options)
     registry.register(made)
     return made
 

@@ -65,6 +65,9 @@ class Job(metaclass=_JobType):
     kwargs: dict[str, Any]
     options: TaskOptions
 
+    # For job types whose work goes on elsewhere: why limits would do nothing for it.
+    no_limits: ClassVar[str] = ""
+
     # The option words among a subclass's attributes.
     _defaults: ClassVar[tuple[str, ...]] = ()
     _is_sealed = False

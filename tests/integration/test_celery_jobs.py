@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from celery import Celery
 
-from firefly_jobs import lifecycle
+from firefly_jobs import Job, lifecycle
 from firefly_jobs.attempts import decide_rescued
 from firefly_jobs.contrib.celery import CeleryJob, install
 from firefly_jobs.contrib.celery import app as bridge
@@ -93,3 +93,21 @@ def test_a_loss_while_a_call_is_waited_for_does_not_make_it_again(unserved):
     row.refresh_from_db()
 
     assert (row.status, outcomes(row)) == ("completed", ["snoozed", "lost"])
+
+
+@pytest.mark.parametrize("word", ["concurrency", "rate_limit"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **limit: CeleryJob("tests.add", **limit),
+        lambda **limit: CeleryJob("tests.add").with_options(**limit),
+        CeleryJob.task.using,
+        lambda **limit: Job(CeleryJob.task, **limit),
+        lambda **limit: type("Limited", (CeleryJob,), {"__module__": __name__, **limit}),
+    ],
+)
+def test_a_limit_that_would_do_nothing_is_refused_where_it_is_given(make, word):
+    limit = {"concurrency": 1, "rate_limit": "1/s"}[word]
+
+    with pytest.raises(ValueError, match=rf"{word} would do nothing for .*Limit it there"):
+        make(**{word: limit})

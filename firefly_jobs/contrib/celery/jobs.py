@@ -75,11 +75,20 @@ class CeleryJob(Job):
         celery_queue: Celery's queue; by default as Celery routes the task.
         silence: Seconds or ``timedelta`` until the attempt fails if Celery has not reported
             the end of the call: longer than the task takes and waits in Celery's queue.
+
+    Raises:
+        ValueError: Also for ``concurrency`` and ``rate_limit``.  They would count how often a
+            consumer sends and looks, not what runs in Celery meanwhile.
     """
 
     # Nothing here touches the task's database but reading; and on SQLite a transaction
     # would hold the write lock while a broker is waited for.
     atomic: ClassVar[bool] = False
+    no_limits: ClassVar[str] = (
+        "a consumer sends the call and looks at it from time to time, and what it does in between "
+        "is up to Celery. Limit it there (rate_limit of the Celery task, --concurrency of its "
+        "workers), or let them run a task of this project with manage.py celery_consume."
+    )
 
     def __init__(
         self,
