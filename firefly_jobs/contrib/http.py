@@ -107,11 +107,12 @@ def _target(url: Any) -> httpx.URL:
         # The parser that the request is sent with: two that disagree about what the host
         # is are the oldest way around a check.
         target = httpx.URL(url)
+        host = target.host
     except (httpx.InvalidURL, TypeError, UnicodeError):
-        target = httpx.URL()
+        target, host = httpx.URL(), ""
     if target.port is not None and not 0 < target.port < 2**16:
         target = httpx.URL()
-    if target.scheme not in {"http", "https"} or not target.host:
+    if target.scheme not in {"http", "https"} or not host:
         message = (
             f"url must be a valid URL that begins with http:// or https:// and a host; its "
             f"scheme is {target.scheme!r}."

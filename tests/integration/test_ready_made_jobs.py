@@ -191,6 +191,7 @@ def test_many_requests_wait_at_the_same_time(web):
         ({"url": "http://"}, "must be a valid URL"),
         ({"url": "http://x:99999999/"}, "must be a valid URL"),
         ({"url": None}, "must be a valid URL"),
+        ({"url": "http://xn--/"}, "must be a valid URL"),
         ({"url": "https://user:secret@example.com/"}, "must not hold a user name or password"),
         ({"method": "GET /"}, "method must be a word"),
         ({"headers": {"a b": "x"}}, "name of a header"),
