@@ -68,3 +68,15 @@ def test_a_cancelling_that_is_rolled_back_leaves_nothing():
 
     row.refresh_from_db()
     assert (row.status, outcomes(row)) == ("created", [])
+
+
+def test_what_runs_or_has_ended_is_not_withdrawn():
+    row = tasks.add.schedule(1, 2)
+    held = claim_one()
+
+    assert not row.cancel()
+    lifecycle.release([held], using="default")
+    assert row.cancel()
+    assert not row.cancel()
+
+    assert outcomes(row) == ["cancelled"]
