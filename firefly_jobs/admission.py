@@ -26,6 +26,7 @@ from . import databases
 from .attempts import Claim
 from .databases.functions import DatabaseMicroseconds
 from .fencing import held
+from .history import note_withdrawn
 from .limits import BUCKET, SLOT, bucket_line, slot_line
 from .lines import Limited, Lines, Slots, as_datetime, free, line
 from .models import ConcurrencySlot, RateBucket, TaskModel
@@ -179,7 +180,7 @@ def pass_on(places: Iterable[Place], *, using: str) -> None:
 
 
 def start_over(pk: int, values: Mapping[str, Any], *, key: str | None, using: str) -> bool:
-    """Make another call of a row that stands in the line of the former one.
+    """Make another call of a row that was claimed, or stands in a line, for the former one.
 
     Args:
         pk: Its id.
@@ -193,6 +194,7 @@ def start_over(pk: int, values: Mapping[str, Any], *, key: str | None, using: st
     waits = [Status.CREATED, Status.BLOCKED]
     rows = TaskModel.objects.using(using).filter(pk=pk, active_key=key, status__in=waits)
     with databases.of(using).write_transaction(connections[using]):
+        note_withdrawn(rows, "replaced by a later call", using=using)
         # Before the change: the place that is free is that of the former call.
         places = places_of(rows)
         changed = rows.update(**values, status=Status.CREATED, limit_key=None)

@@ -52,6 +52,8 @@ class BaseTask(Generic[P, R]):
     """
 
     is_async = False
+    # Why limits would do nothing for these calls; empty: they do.
+    no_limits = ""
 
     # Of a job type that validates: returns its ``validate`` for one call.
     _validation: Callable[[TaskOptions, tuple[Any, ...], dict[str, Any]], Validate] | None = None
@@ -98,9 +100,12 @@ class BaseTask(Generic[P, R]):
         return copy
 
     def check_options(self, options: TaskOptions) -> None:
-        """Raise ``ValueError`` if an option names a parameter that the function has not."""
+        """Raise ``ValueError`` if a limit names no parameter, or would do nothing."""
         for word in ("concurrency", "rate_limit"):
             if (limit := getattr(options, word)) is not None:
+                if self.no_limits:
+                    message = f"{word} would do nothing for {self.name}: {self.no_limits}"
+                    raise ValueError(message)
                 self.signature.check_key(word, limit.key)
 
     def row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TaskModel:
@@ -343,6 +348,8 @@ def define_job_type(kind: type[Job], options: TaskOptions) -> BaseTask[Any, Any]
     made: BaseTask[Any, Any] = (AsyncTask if is_async else Task)(stand_in, options)
     if kind.validate is not None:
         made._validation = lambda *call: job_of(*call).validate  # noqa: SLF001 - the other half of it
+    made.no_limits = kind.no_limits
+    made.check_options(options)
     registry.register(made)
     return made
 

@@ -69,6 +69,9 @@ class Job(metaclass=_JobType):
     # A job type's method: raises if the arguments are wrong, of which it takes some by name.
     validate: Any = None
 
+    # For job types whose work goes on elsewhere: why limits would do nothing for it.
+    no_limits: ClassVar[str] = ""
+
     # The option words among a subclass's attributes.
     _defaults: ClassVar[tuple[str, ...]] = ()
     # What a constructor had set for other arguments than these.

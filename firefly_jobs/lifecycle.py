@@ -30,6 +30,7 @@ from .databases import ANY_QUEUE, Completion
 from .databases.functions import DatabaseNow, SecondsFromNow
 from .exceptions import LeaseLost
 from .fencing import claims_of, held, lease_lost
+from .history import note_withdrawn
 from .lines import Lines, lines_of, without_waiting_for_ever
 from .models import ConsumerModel, TaskAttempt, TaskModel
 from .states import TRANSITIONS, Status
@@ -420,11 +421,9 @@ def rescue_orphans(claims: Sequence[Claim], *, using: str) -> list[Claim]:
     return rescued
 
 
-def hasten(pk: int, *, attempt: int, using: str) -> bool:
-    """Make a row due now that waits to go on with this attempt; return whether it did."""
-    rows = TaskModel.objects.using(using).filter(
-        pk=pk, status=Status.CREATED, retry_attempts=attempt - 1
-    )
+def hasten(pk: int, *, reason: str, using: str) -> bool:
+    """Make a row due now that a ``Snooze`` with this reason lets wait; return whether it did."""
+    rows = TaskModel.objects.using(using).filter(pk=pk, status=Status.CREATED, error=reason)
     hastened = rows.update(not_before=DatabaseNow()) == 1
     if hastened:
         announce(using, (ANY_QUEUE,))
@@ -438,8 +437,10 @@ def cancel(ids: Sequence[int], *, using: str) -> int:
     """Cancel rows that wait, for their start or for a retry; return how many were cancelled."""
     waiting = [Status.CREATED, Status.BLOCKED]
     rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=waiting)
-    columns = {"error": "cancelled while it waited", "active_key": None, "limit_key": None}
+    reason = "cancelled while it waited"
+    columns = {"error": reason, "active_key": None, "limit_key": None}
     with databases.of(using).write_transaction(connections[using]):
+        note_withdrawn(rows, reason, using=using)
         cancelled = rows.filter(limit_key__isnull=True).update(status=Status.CANCELLED, **columns)
         if cancelled < len(ids):
             # The others stand in a line, or have started.

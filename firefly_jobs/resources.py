@@ -101,7 +101,8 @@ def memory_bytes(value: Any) -> int:
         if match is None:
             message = f"memory_limit must be bytes or text such as '200MB', got {value!r}."
             raise ValueError(message)
-        number = int(float(match[1]) * _UNITS[match[2].upper()])
+        # What is too much for a whole number is too much for a limit.
+        number = int(min(float(match[1]) * _UNITS[match[2].upper()], 2.0 * MEMORY_BYTES_MAX))
     elif isinstance(value, bool) or not isinstance(value, int):
         message = f"memory_limit must be whole bytes or text such as '200MB', got {value!r}."
         raise TypeError(message)

@@ -126,8 +126,8 @@ def _replace(row: TaskModel, pk: int, alias: str) -> TaskModel | None:
     rows = TaskModel.objects.using(alias)
     values = {name: getattr(row, name) for name in _REPLACED}
     waits = rows.filter(pk=pk, active_key=row.active_key, status__in=waiting)
-    # Mostly it stands in no line, and one statement does.
-    is_replaced = waits.filter(limit_key__isnull=True).update(**values, **_RESET)
+    # Mostly it was never claimed, so it stands in no line either, and one statement does.
+    is_replaced = waits.filter(fence=0, limit_key__isnull=True).update(**values, **_RESET)
     if is_replaced or admission.start_over(
         pk, {**values, **_RESET}, key=row.active_key, using=alias
     ):

@@ -6,6 +6,9 @@ looked at, and the connection goes to an address that was looked at: a name that
 differently a moment later (DNS rebinding) gains nothing.  The ``Host`` header, and the name
 that a certificate is checked against, stay those of the URL.
 
+An answer is asked for as it is, not compressed, and taken in no other form: what 600 bytes
+unpack to is hundreds of megabytes, and is there before its length can be looked at.
+
 httpx's transport is used without its client, which would follow redirects, read proxies
 and passwords from the environment, keep cookies, and log every URL.
 
@@ -36,6 +39,12 @@ except ImportError as error:
     raise ImportError(message) from error
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# What follows from the URL and the body, or belongs to one connection (RFC 9110, section 7.6.1):
+# two that disagree about where a request ends, or whom it is for, are how another is smuggled in.
+_OWN_HEADERS = frozenset({
+    "accept-encoding", "connection", "content-length", "host", "keep-alive", "proxy-connection",
+    "te", "trailer", "transfer-encoding", "upgrade",
+})  # fmt: skip
 # RFC 6052: an IPv4 address that an IPv6-only network reaches through a translator.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
@@ -65,9 +74,7 @@ class Answer(NamedTuple):
 # --- what is asked
 
 
-def build(
-    url: Any, *, method: Any, headers: Mapping[Any, Any] | None, data: Any, json: Any
-) -> httpx.Request:
+def build(url: Any, *, method: Any, headers: Any, data: Any, json: Any) -> httpx.Request:
     """Return a request that can be sent.
 
     Raises:
@@ -76,18 +83,22 @@ def build(
     if not isinstance(method, str) or not _TOKEN.fullmatch(method):
         message = "method must be a word such as GET or POST."
         raise ValueError(message)
+    if method.upper() == "CONNECT":
+        message = "method must not be CONNECT, which asks a proxy for a tunnel."
+        raise ValueError(message)
+    target, fields = _target(url), _headers(headers)
     if data is not None and json is not None:
         message = "Give either data= or json=, which are both the body."
         raise ValueError(message)
-    body: dict[str, Any] = {}
-    if json is not None:
-        body = {"json": json}
-    elif data is not None:
-        body = {"data" if isinstance(data, Mapping) else "content": data}
+    form, content = (data, None) if isinstance(data, Mapping) else (None, data)
+    message = "The body must be text, bytes or a form in data=, or what JSON can hold in json=."
+    if content is not None and not isinstance(content, str | bytes):
+        raise ValueError(message)
     try:
-        return httpx.Request(method.upper(), _target(url), headers=_headers(headers), **body)
-    except TypeError as error:
-        message = "The body must be text, bytes or a form in data=, or what JSON can hold in json=."
+        return httpx.Request(
+            method.upper(), target, headers=fields, content=content, data=form, json=json
+        )
+    except (TypeError, ValueError) as error:
         raise ValueError(message) from error
 
 
@@ -96,11 +107,12 @@ def _target(url: Any) -> httpx.URL:
         # The parser that the request is sent with: two that disagree about what the host
         # is are the oldest way around a check.
         target = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError):
-        target = httpx.URL()
+        host = target.host
+    except (httpx.InvalidURL, TypeError, UnicodeError):
+        target, host = httpx.URL(), ""
     if target.port is not None and not 0 < target.port < 2**16:
         target = httpx.URL()
-    if target.scheme not in {"http", "https"} or not target.host:
+    if target.scheme not in {"http", "https"} or not host:
         message = (
             f"url must be a valid URL that begins with http:// or https:// and a host; its "
             f"scheme is {target.scheme!r}."
@@ -112,11 +124,23 @@ def _target(url: Any) -> httpx.URL:
     return target
 
 
-def _headers(given: Mapping[Any, Any] | None) -> httpx.Headers:
-    headers = httpx.Headers({"accept": "*/*", "user-agent": f"django-firefly-jobs/{__version__}"})
-    for name, value in dict(given or {}).items():
+def _headers(given: Any) -> httpx.Headers:
+    if given is not None and not isinstance(given, Mapping):
+        message = f"headers must be a dictionary, got a {type(given).__name__}."
+        raise ValueError(message)
+    headers = httpx.Headers(
+        {
+            "accept": "*/*",
+            "accept-encoding": "identity",
+            "user-agent": f"django-firefly-jobs/{__version__}",
+        }
+    )
+    for name, value in (given or {}).items():
         if not isinstance(name, str) or not _TOKEN.fullmatch(name):
             message = "The name of a header must be a word of ASCII characters."
+            raise ValueError(message)
+        if name.lower() in _OWN_HEADERS:
+            message = f"Header {name!r} must not be given: the request sets it, or does without."
             raise ValueError(message)
         is_plain = isinstance(value, str) and value.isascii() and value.isprintable()
         if not is_plain:
@@ -159,7 +183,7 @@ def is_public(address: Address) -> bool:
 async def send(
     request: httpx.Request, *, timeout_seconds: float, allow_private: bool, max_bytes: int
 ) -> Answer:
-    """Send ``request`` and return the answer, whatever its status.
+    """Send ``request`` and return the answer.
 
     Args:
         request: From :func:`build`.
@@ -168,7 +192,8 @@ async def send(
         max_bytes: How long the answer's body may be.
 
     Raises:
-        HTTPRequestFailed: If there is no answer, or it is too long or cannot be read.
+        HTTPRequestFailed: If there is no answer, or it is an error (4xx, 5xx), too long, or
+            cannot be read.
         ValueError: If it would go where it must not.
     """
     about = f"{request.method} {request.url.scheme}://{request.url.netloc.decode()}"
@@ -184,7 +209,8 @@ async def send(
             ) as transport:
                 response = await _connect(transport, request, addresses, timeout_seconds)
                 try:
-                    body = await _read(response, max_bytes)
+                    _refuse_error(response, about)
+                    body = await _read(response, max_bytes, about)
                 finally:
                     await response.aclose()
     except TimeoutError:
@@ -193,23 +219,12 @@ async def send(
     except socket.gaierror as error:
         message = f"{about}: the name cannot be resolved ({error.strerror})."
         raise HTTPRequestFailed(message) from None
-    except _AnswerTooLong:
-        message = f"{about}: the answer is longer than {max_bytes:,} bytes."
-        raise HTTPRequestFailed(message) from None
     except httpx.HTTPError as error:
         # Their texts may quote what was sent or received; those of connecting do not.
         text = f" ({error})" if isinstance(error, httpx.ConnectError) else ""
         message = f"{about}: {type(error).__name__}{text}."
         raise HTTPRequestFailed(message) from None
     return Answer(response.status_code, dict(response.headers), _result(response, body, about))
-
-
-def refuse_error(request: httpx.Request, answer: Answer) -> None:
-    """Raise ``HTTPRequestFailed`` if the server's answer is an error (4xx, 5xx)."""
-    if answer.status_code >= 400:  # noqa: PLR2004 - RFC 9110, section 15
-        where = f"{request.url.scheme}://{request.url.netloc.decode()}"
-        message = f"{request.method} {where} was answered with {answer.status_code}."
-        raise HTTPRequestFailed(message, answer.status_code)
 
 
 @lru_cache(maxsize=1)
@@ -262,16 +277,26 @@ def _pinned(request: httpx.Request, address: str, connect_seconds: float) -> htt
     )
 
 
-class _AnswerTooLong(Exception):
-    """The body is longer than allowed."""
+def _refuse_error(response: httpx.Response, about: str) -> None:
+    if response.status_code >= 400:  # noqa: PLR2004 - RFC 9110, section 15
+        message = f"{about} was answered with {response.status_code}."
+        raise HTTPRequestFailed(message, response.status_code)
 
 
-async def _read(response: httpx.Response, max_bytes: int) -> bytes:
+async def _read(response: httpx.Response, max_bytes: int, about: str) -> bytes:
     body = bytearray()
-    async for chunk in response.aiter_bytes():
+    async for chunk in response.aiter_raw():
         body += chunk
         if len(body) > max_bytes:
-            raise _AnswerTooLong
+            message = f"{about}: the answer is longer than {max_bytes:,} bytes."
+            raise HTTPRequestFailed(message, response.status_code)
+    encoding = response.headers.get("content-encoding", "").strip().lower()
+    if body and encoding not in {"", "identity"}:
+        message = (
+            f"{about}: the answer is compressed, although it was asked for as it is. Ask for "
+            f"another form of it, or in a task of your own, which unpacks it within limits."
+        )
+        raise HTTPRequestFailed(message, response.status_code)
     return bytes(body)
 
 

@@ -35,7 +35,8 @@ class HTTPRequestJob(Job):
     Args:
         url: ``http`` or ``https``, without a password in it.
         method: ``GET``, ``POST`` and so on.
-        headers: Names and values, one line of ASCII each.
+        headers: Names and values, one line of ASCII each; none that follows from the URL or
+            the body, such as ``Host``.
         data: The body: text, bytes, or a dictionary to be sent as a form.
         json: The body, sent as JSON.
         timeout: Seconds or ``timedelta`` for all of it.
@@ -69,7 +70,6 @@ class HTTPRequestJob(Job):
             allow_private=allow_private,
             max_bytes=self.max_response_bytes,
         )
-        http.refuse_error(request, answer)
         return answer._asdict()
 
     def validate(  # noqa: PLR0917 - called by name
@@ -178,7 +178,8 @@ class SQLQueryJob(Job):
         using: Database alias.
 
     Attributes:
-        max_rows: How many rows a query may give; for subclasses.
+        max_rows: How many rows a query may give; for subclasses.  Looked at when most drivers
+            have all of them in memory; what bounds that is a ``LIMIT`` in the query.
     """
 
     max_rows: ClassVar[int] = 1_000
@@ -203,10 +204,13 @@ class SQLQueryJob(Job):
         if params is not None and not isinstance(params, list | tuple | Mapping):
             message = "params must be a list or a dictionary of the statement's parameters."
             raise ValueError(message)
+        if not isinstance(using, str):
+            message = f"using must be the alias of a database, got a {type(using).__name__}."
+            raise ValueError(message)  # noqa: TRY004 - as what else is wrong with arguments
         if using not in settings.DATABASES:
             message = (
                 f"There is no database {using!r} in DATABASES."
-                f"{suggestion(str(using), settings.DATABASES)}"
+                f"{suggestion(using, settings.DATABASES)}"
             )
             raise ValueError(message)
 

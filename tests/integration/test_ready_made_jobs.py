@@ -153,6 +153,18 @@ def test_an_answer_of_just_the_allowed_length_is_taken(web):
     assert (row.status, len(row.returned["result"])) == ("completed", 1_000)
 
 
+def test_an_answer_is_asked_for_as_it_is_and_taken_in_no_other_form(web):
+    plain = ended(request(f"{web.url}/encoded/identity"))
+    compressed = ended(request(f"{web.url}/encoded/gzip"))
+
+    assert {headers["accept-encoding"] for _, _, headers, _ in web.requests} == {"identity"}
+    assert (plain.status, plain.returned["result"]) == ("completed", "hello")
+    assert compressed.status == "failed"
+    assert compressed.error.startswith(
+        f"HTTPRequestFailed: GET {web.url}: the answer is compressed"
+    )
+
+
 def test_many_requests_wait_at_the_same_time(web):
     rows = [request(f"{web.url}/wait").schedule() for _ in range(5)]
 
@@ -179,11 +191,25 @@ def test_many_requests_wait_at_the_same_time(web):
         ({"url": "http://"}, "must be a valid URL"),
         ({"url": "http://x:99999999/"}, "must be a valid URL"),
         ({"url": None}, "must be a valid URL"),
+        ({"url": "http://xn--/"}, "must be a valid URL"),
         ({"url": "https://user:secret@example.com/"}, "must not hold a user name or password"),
         ({"method": "GET /"}, "method must be a word"),
         ({"headers": {"a b": "x"}}, "name of a header"),
         ({"headers": {"X-Key": "secret\r\nX: y"}}, "'X-Key' must be one line"),
         ({"headers": {"X-Key": 5}}, "'X-Key' must be one line"),
+        ({"headers": ["secret"]}, "headers must be a dictionary, got a list"),
+        ({"headers": "secret"}, "headers must be a dictionary, got a str"),
+        ({"headers": {"Content-Length": "1"}, "data": "abc"}, "'Content-Length' must not be given"),
+        ({"headers": {"TRANSFER-ENCODING": "chunked"}}, "'TRANSFER-ENCODING' must not be given"),
+        ({"headers": {"Host": "internal.example"}}, "'Host' must not be given"),
+        ({"headers": {"Accept-Encoding": "gzip"}}, "'Accept-Encoding' must not be given"),
+        ({"headers": {"connection": "keep-alive"}}, "'connection' must not be given"),
+        ({"method": "connect"}, "must not be CONNECT"),
+        ({"data": ["secret"]}, "body must be text, bytes or a form"),
+        ({"data": 5}, "body must be text, bytes or a form"),
+        ({"data": "\ud800"}, "body must be text, bytes or a form"),
+        ({"json": float("nan")}, "what JSON can hold"),
+        ({"url": "http://example.com/\ud800"}, "must be a valid URL"),
         ({"data": "a", "json": 1}, "either data= or json="),
         ({"json": Decimal("1.5")}, "what JSON can hold"),
         ({"timeout": 0}, "timeout must be"),
@@ -514,6 +540,7 @@ def test_a_query_runs_on_the_alias_it_names():
         ({"query": " "}, "query must be an SQL statement"),
         ({"query": None}, "query must be an SQL statement"),
         ({"params": "abc"}, "params must be a list or a dictionary"),
+        ({"using": []}, "using must be the alias of a database, got a list"),
         ({"using": "othr"}, "no database 'othr' in DATABASES. Did you mean 'other'"),
     ],
 )

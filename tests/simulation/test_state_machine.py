@@ -62,6 +62,20 @@ class Row:
     lost_alone: int = 0
     returned: int | None = None
     history: list[str] = field(default_factory=list)
+    # Under which fence history tells last that it was cancelled.
+    cancelled_fence: int = 0
+
+    def end(self, how: str) -> None:
+        """Take note of how an attempt ended."""
+        self.history.append(how)
+        if how == "cancelled":
+            self.cancelled_fence = self.fence
+
+    def withdraw(self) -> None:
+        """Be cancelled while it waits, which is an end if it was claimed since the last one."""
+        self.status = "cancelled"
+        if self.fence != self.cancelled_fence:
+            self.end("cancelled")
 
     @property
     def can_start(self) -> bool:
@@ -109,7 +123,7 @@ class QueueMachine(RuleBasedStateMachine):
     def end_attempt(self, claim: Claim, status: str, how: str, *, due: bool | None = None) -> Row:
         row = self.rows[claim.id]
         row.status = status
-        row.history.append(how)
+        row.end(how)
         if status == "created":
             row.consumer = None
         if due is not None:
@@ -160,7 +174,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert lifecycle.cancel(ids, using=USING) == len(hit)
 
         for pk in hit:
-            self.rows[pk].status = "cancelled"
+            self.rows[pk].withdraw()
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
@@ -412,7 +426,7 @@ class QueueMachine(RuleBasedStateMachine):
         # Out of the way of the other rules, in whatever state it is.
         lifecycle.cancel([pk], using=USING)
         if self.rows[pk].status == "created":
-            self.rows[pk].status = "cancelled"
+            self.rows[pk].withdraw()
 
     # --- after every step
 
@@ -456,7 +470,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def expected(self, row: Row) -> dict[str, Any]:
         values = asdict(row)
-        del values["is_due"]
+        del values["is_due"], values["cancelled_fence"]
         if row.status != "running":
             values["consumer"] = None
         return values

@@ -1,5 +1,6 @@
 """A web server of the tests' own, on 127.0.0.1, that does what it is asked to by the path."""
 
+import gzip
 import ssl
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ def web_server(tls: ssl.SSLContext | None = None) -> Iterator[WebServer]:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
+            if self.path.startswith("/encoded/"):
+                self.send_header("Content-Encoding", self.path.rpartition("/")[2])
             if status in {301, 302}:
                 self.send_header("Location", f"http://127.0.0.1:{served.port}/json")
             self.end_headers()
@@ -60,6 +63,7 @@ def web_server(tls: ssl.SSLContext | None = None) -> Iterator[WebServer]:
                 "/json": (200, "application/problem+json; charset=utf-8", b'{"a": [1, null]}'),
                 "/broken": (200, "application/json", b"{secret"),
                 "/latin": (200, "text/plain; charset=latin-1", "é".encode("latin-1")),
+                "/encoded/gzip": (200, "text/plain", gzip.compress(b"secret")),
                 "/empty": (204, "application/json", b""),
             }.get(path, (200, "text/html", b"hello"))
 

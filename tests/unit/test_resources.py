@@ -23,7 +23,9 @@ def test_memory_is_bytes_or_text(text, size):
     assert memory_bytes(text) == size
 
 
-@pytest.mark.parametrize("value", ["", "many", "-5MB", 0, -1, 2**63, "0", "5 MB/s"])
+@pytest.mark.parametrize(
+    "value", ["", "many", "-5MB", 0, -1, 2**63, "0", "5 MB/s", "9" * 400 + "MB"]
+)
 def test_what_is_no_amount_of_memory_is_refused(value):
     with pytest.raises(ValueError, match="memory_limit must be"):
         memory_bytes(value)

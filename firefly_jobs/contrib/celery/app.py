@@ -20,7 +20,7 @@ logger = logging.getLogger("firefly_jobs")
 
 # The Celery task that executes a claim.
 RUN = "firefly_jobs.run"
-# The header of a call for which a row waits: alias, id, attempt.
+# The header of a call for which a row waits: alias, id.
 HEADER = "firefly_jobs_waiting"
 
 _installed: list[Celery] = []
@@ -50,6 +50,11 @@ def installed_app() -> Celery:
     return _installed[0]
 
 
+def handed_over(celery_id: str) -> str:
+    """Return the reason for which a row waits; it has another one for each call."""
+    return f"handed over to Celery as {celery_id}"
+
+
 def _run(using: str, consumer: int, pk: int, fence: int) -> None:
     """Execute a claim, in a worker."""
     from .worker import execute  # noqa: PLC0415 - it imports models; see the module's docstring
@@ -63,11 +68,12 @@ def _ended(task: Any = None, state: str | None = None, **_: Any) -> None:
     if waiting is None or state not in states.READY_STATES:
         return
     try:
-        using, pk, attempt = waiting
+        using, pk = waiting
         is_connected = connections[using].connection is not None
         from firefly_jobs import lifecycle  # noqa: PLC0415 - as above
 
-        lifecycle.hasten(pk, attempt=attempt, using=using)
+        # If it has been cancelled or replaced meanwhile, this is none of its business.
+        lifecycle.hasten(pk, reason=handed_over(task.request.get("id")), using=using)
         if not is_connected:
             connections[using].close()
     except Exception:  # the row looks by itself later, and the Celery task has ended

@@ -8,6 +8,8 @@ in which the call ends (``app._ended``), so the pauses between looks are only th
 Where it stands is told by its history.  The losses, releases and snoozes at its end
 belong to the attempt under way: the fence of the first of them, or the claim's own, is
 what the id of the Celery call is made of, and the snooze is the moment of the handover.
+Before them stands what ended another attempt, or, if the row was cancelled or replaced
+while it waited, another call (``history.note_withdrawn``).
 So a consumer that is killed after sending and before settling finds the result of what
 it sent, under the same id.  If there is none yet it sends again: a call to Celery is
 at-least-once, like every effect outside the database.
@@ -34,7 +36,7 @@ from firefly_jobs.exceptions import Snooze
 from firefly_jobs.jobs import Job
 from firefly_jobs.models import TaskAttempt, TaskModel
 
-from .app import HEADER, installed_app
+from .app import HEADER, handed_over, installed_app
 
 SILENCE_SECONDS = 3_600.0
 LOOK_SECONDS_MIN, LOOK_SECONDS_MAX = 1.0, 60.0
@@ -52,12 +54,12 @@ class CeleryTaskSilent(Exception):
 class HandedOver(Snooze):
     """Steers: the call was sent, and the row waits."""
 
-    def __init__(self, celery_id: str) -> None:
-        super().__init__(LOOK_SECONDS_MIN)
-        self.reason = f"handed over to Celery as {celery_id}"
+    def __init__(self, celery_id: str, delay: float) -> None:
+        super().__init__(delay)
+        self.reason = handed_over(celery_id)
 
 
-class NotEnded(Snooze):
+class NotEnded(HandedOver):
     """Steers: Celery has not reported yet."""
 
     is_notable = False
@@ -73,11 +75,20 @@ class CeleryJob(Job):
         celery_queue: Celery's queue; by default as Celery routes the task.
         silence: Seconds or ``timedelta`` until the attempt fails if Celery has not reported
             the end of the call: longer than the task takes and waits in Celery's queue.
+
+    Raises:
+        ValueError: Also for ``concurrency`` and ``rate_limit``.  They would count how often a
+            consumer sends and looks, not what runs in Celery meanwhile.
     """
 
     # Nothing here touches the task's database but reading; and on SQLite a transaction
     # would hold the write lock while a broker is waited for.
     atomic: ClassVar[bool] = False
+    no_limits: ClassVar[str] = (
+        "a consumer sends the call and looks at it from time to time, and what it does in between "
+        "is up to Celery. Limit it there (rate_limit of the Celery task, --concurrency of its "
+        "workers), or let them run a task of this project with manage.py celery_consume."
+    )
 
     def __init__(
         self,
@@ -115,14 +126,14 @@ class CeleryJob(Job):
                 "kwargs": dict(task_kwargs or {}),
                 "task_id": handover.celery_id,
                 "ignore_result": False,
-                "headers": {HEADER: [context.database, context.id, context.attempt]},
+                "headers": {HEADER: [context.database, context.id]},
             }
             if celery_queue is not None:
                 options["queue"] = celery_queue
             sent = _send(app, celery_task, options)
             if isinstance(sent, EagerResult):
                 return _outcome(celery_task, sent)
-            raise HandedOver(handover.celery_id)
+            raise HandedOver(handover.celery_id, LOOK_SECONDS_MIN)
         left = seconds(silence) - handover.waited_seconds
         if left <= 0:
             result.revoke()
@@ -133,7 +144,7 @@ class CeleryJob(Job):
             )
             raise CeleryTaskSilent(message)
         pause = min(max(handover.waited_seconds / 2, LOOK_SECONDS_MIN), LOOK_SECONDS_MAX)
-        raise NotEnded(min(pause, left))
+        raise NotEnded(handover.celery_id, min(pause, left))
 
     def validate(self, celery_task: Any, silence: Any) -> None:
         """Raise ``ValueError`` if there is no such call."""
