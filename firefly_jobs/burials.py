@@ -15,7 +15,7 @@ from queue import SimpleQueue
 
 from django.db import Error, connections
 
-from . import databases, lifecycle
+from . import databases, leases
 from .attempts import Ended, Settlement, Verdict
 from .reporting import log_settled
 
@@ -99,7 +99,7 @@ class Burials(threading.Thread):
         for _ in range(ATTEMPTS):
             try:
                 connections[self._using].ensure_connection()
-                settlements, are_all = lifecycle.bury(consumer, using=self._using, verdict=verdict)
+                settlements, are_all = leases.bury(consumer, using=self._using, verdict=verdict)
             except Error as error:
                 if not database.is_conflict(error) and not database.is_busy(error):
                     logger.warning(

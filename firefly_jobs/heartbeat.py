@@ -18,7 +18,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from . import admission, fencing, lifecycle
+from . import admission, fencing, leases
 from .attempts import Claim, Ended
 from .membership import KeptConnection
 from .models import ConsumerModel
@@ -110,7 +110,7 @@ class Heartbeat(threading.Thread):
     def _beat(self) -> None:
         self._connection.ensure()
         consumer, before = self._consumer, awake_seconds()
-        if not lifecycle.renew(consumer, using=self._using):
+        if not leases.renew(consumer, using=self._using):
             self._on_rescued(consumer)
             return
         after = awake_seconds()
@@ -128,7 +128,7 @@ class Heartbeat(threading.Thread):
             self._swept = admission.sweep(self._swept, using=self._using)
 
     def _rescue_the_dead(self, consumer: int) -> None:
-        suspects = lifecycle.suspects(using=self._using, besides=consumer)
+        suspects = leases.suspects(using=self._using, besides=consumer)
         looks = {}
         for suspect in suspects:
             look = self._first_looks.get(suspect.pk)
@@ -148,15 +148,15 @@ class Heartbeat(threading.Thread):
         self._next_orphans_at = monotonic() + self._lease_seconds
         orphans = set(fencing.orphans(using=self._using))
         if twice_seen := sorted(orphans & self._orphans):
-            for claim in lifecycle.rescue_orphans(twice_seen, using=self._using):
+            for claim in leases.rescue_orphans(twice_seen, using=self._using):
                 logger.warning(
                     "Rescued task %s, whose consumer was gone", claim.id, extra=log_fields(claim)
                 )
         self._orphans = orphans
 
     def _rescue(self, suspect: ConsumerModel) -> None:
-        lifecycle.end_sessions(suspect, using=self._using)
-        settlements = lifecycle.rescue(suspect, using=self._using)
+        leases.end_sessions(suspect, using=self._using)
+        settlements = leases.rescue(suspect, using=self._using)
         if not settlements:
             return
         logger.warning(

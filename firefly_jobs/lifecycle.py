@@ -1,4 +1,4 @@
-"""Change existing rows: claim, settle, release, rescue, bury, cancel, retry, delete.
+"""Change existing rows: claim, settle, release, free, cancel, retry, delete.
 
 The only writer of ``status`` on rows that exist, but for what limits do to it (``admission``,
 ``lines``).  A running row changes only for the holder of its fence: every such UPDATE names
@@ -18,8 +18,8 @@ from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import Any
 
-from django.db import DatabaseError, IntegrityError, connections, transaction
-from django.db.models import F, Q, QuerySet
+from django.db import IntegrityError, connections, transaction
+from django.db.models import QuerySet
 
 from . import admission, databases
 from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
@@ -27,12 +27,12 @@ from .checkpoints import reach
 from .columns import columns_of, history_of, revived_columns
 from .conf import get_settings
 from .databases import ANY_QUEUE, Completion
-from .databases.functions import DatabaseNow, SecondsFromNow
+from .databases.functions import DatabaseNow
 from .exceptions import LeaseLost
 from .fencing import claims_of, held, lease_lost
 from .history import note_withdrawn
-from .lines import Lines, lines_of, without_waiting_for_ever
-from .models import ConsumerModel, TaskAttempt, TaskModel
+from .lines import Lines, lines_of
+from .models import TaskAttempt, TaskModel
 from .states import TRANSITIONS, Status
 from .wakeup import announce, announce_ended
 
@@ -247,141 +247,27 @@ def _announce(settlements: Sequence[Settlement], using: str) -> None:
     announce_ended(using, [item.claim.id for item in settlements if item.status.is_terminal])
 
 
-# --- consumers and their leases
+# --- freeing what a dead consumer held
 
 
-def register(*, name: str, queues: Sequence[str], lease_seconds: float, using: str) -> int:
-    """Write the row of a consumer that starts, and return its id."""
-    row = ConsumerModel(name=name[:200], queues=",".join(queues), lease_seconds=lease_seconds)
-    row.save(using=using, force_insert=True)
-    return row.pk
-
-
-def unregister(consumer: int, *, using: str) -> None:
-    """Delete the row of a consumer that has given back everything."""
-    ConsumerModel.objects.using(using).filter(pk=consumer).delete()
-
-
-def renew(consumer: int, *, using: str) -> bool:
-    """Write a heartbeat; return ``False`` if the consumer was rescued meanwhile."""
-    renewed = (
-        ConsumerModel.objects.using(using)
-        .filter(pk=consumer)
-        .update(renewed_at=DatabaseNow(), suspected_at=None)
-    )
-    return renewed == 1
-
-
-def suspects(*, using: str, besides: int) -> list[ConsumerModel]:
-    """Take the first look: mark consumers whose lease is over, and return all marked ones."""
-    others = ConsumerModel.objects.using(using).exclude(pk=besides)
-    is_late = Q(renewed_at__lt=SecondsFromNow(-F("lease_seconds")))
-    found = list(others.filter(is_late | Q(suspected_at__isnull=False)))
-    # One read tells that nobody is late, which is nearly always; and an idle SQLite
-    # database is not locked by every heartbeat.
-    if all(consumer.suspected_at is not None for consumer in found):
-        return found
-    others.filter(is_late, suspected_at__isnull=True).update(suspected_at=DatabaseNow())
-    return list(others.filter(suspected_at__isnull=False))
-
-
-def end_sessions(suspect: ConsumerModel, *, using: str) -> None:
-    """End the database sessions of a dead consumer, so that its row locks go with it.
-
-    What is not permitted is left to the server, which notices a vanished machine later.
-    """
-    is_silent = ConsumerModel.objects.using(using).filter(pk=suspect.pk, suspected_at__isnull=False)
-    if is_silent.exists():
-        _end_sessions(suspect.pk, str(suspect), using)
-
-
-def _end_sessions(consumer: int, name: str, using: str) -> None:
-    try:
-        ended = databases.of(using).end_sessions(connections[using], consumer)
-    except DatabaseError as error:
-        logger.info("Could not end the sessions of consumer %s: %s", name, error)
-    else:
-        if ended:
-            logger.warning("Ended %s database sessions of consumer %s", ended, name)
-
-
-def rescue(suspect: ConsumerModel, *, using: str) -> list[Settlement] | None:
-    """Take the second look: if ``suspect`` did not renew since the first, free its rows.
-
-    Rows that another transaction has locked (a consumer paused between settling and
-    COMMIT) are left for the next round, and the consumer's row with them.
-
-    Returns:
-        What became of its rows, or ``None`` if it has renewed.
-    """
-
-    def work(lines: Lines) -> list[Settlement] | None:
-        with databases.of(using).own_transaction(connections[using]):
-            lines.lock()
-            consumer = _lock_consumer(suspect.pk, using).filter(suspected_at__isnull=False).first()
-            # Compared here, because SQLite compares moments as text, and its own clock writes
-            # fewer digits than Django sends.
-            if consumer is None or consumer.renewed_at != suspect.renewed_at:
-                return None
-            settlements, are_all = _free_rows(suspect.pk, str(suspect), lines, using)
-            if are_all:
-                unregister(suspect.pk, using=using)
-        return settlements
-
-    lines = lines_of(_rows_of(suspect.pk, using), using=using)
-    return without_waiting_for_ever(lines, work, using=using)
-
-
-def bury(
-    consumer: int, *, using: str, verdict: Verdict | None = None
-) -> tuple[list[Settlement], bool]:
-    """Free the rows of a consumer whose process has ended, as its supervisor saw.
-
-    So nobody has to look twice, and no lease has to run out.
-
-    Args:
-        consumer: Its id, also one that it used before it was rescued.
-        using: Database alias.
-        verdict: Why the supervisor itself ended the process, if it did.
-
-    Returns:
-        What became of its rows, and whether these were all: others may be locked by a
-        transaction that the server has not ended yet.
-    """
-    _end_sessions(consumer, f"#{consumer}", using)
-
-    def work(lines: Lines) -> tuple[list[Settlement], bool]:
-        with databases.of(using).own_transaction(connections[using]):
-            lines.lock()
-            row = _lock_consumer(consumer, using).first()
-            name = str(row or f"#{consumer}")
-            settlements, are_all = _free_rows(consumer, name, lines, using, verdict)
-            if row is None:
-                # Rescued by others, or locked by its own last heartbeat.
-                are_all &= not ConsumerModel.objects.using(using).filter(pk=consumer).exists()
-            elif are_all:
-                unregister(consumer, using=using)
-        return settlements, are_all
-
-    lines = lines_of(_rows_of(consumer, using), using=using)
-    return without_waiting_for_ever(lines, work, using=using)
-
-
-def _lock_consumer(consumer: int, using: str) -> QuerySet[ConsumerModel]:
-    can_skip_locked = databases.of(using).can_skip_locked
-    rows = ConsumerModel.objects.using(using).filter(pk=consumer)
-    return rows.select_for_update(skip_locked=can_skip_locked)
-
-
-def _rows_of(consumer: int, using: str) -> QuerySet[TaskModel]:
+def rows_of(consumer: int, using: str) -> QuerySet[TaskModel]:
+    """Return the rows that the database thinks a consumer runs."""
     return TaskModel.objects.using(using).filter(consumer=consumer, status=Status.RUNNING)
 
 
-def _free_rows(
+def free_rows(
     consumer: int, name: str, lines: Lines, using: str, verdict: Verdict | None = None
 ) -> tuple[list[Settlement], bool]:
-    """Settle what a dead consumer held and nobody has locked; say whether that was all."""
-    rows = _rows_of(consumer, using)
+    """Settle what a dead consumer held and nobody has locked; say whether that was all.
+
+    Args:
+        consumer: Its id.
+        name: What messages call it.
+        lines: The lines that its rows stand in, locked.
+        using: Database alias.
+        verdict: Why a supervisor ended its process, if one did.
+    """
+    rows = rows_of(consumer, using)
     count = rows.count()
     can_skip_locked = databases.of(using).can_skip_locked
     claims = claims_of(rows.select_for_update(skip_locked=can_skip_locked))
@@ -403,22 +289,6 @@ def _free_rows(
     lines.let_go()
     _announce(settlements, using)
     return settlements, len(claims) == count
-
-
-def rescue_orphans(claims: Sequence[Claim], *, using: str) -> list[Claim]:
-    """Free rows that :func:`orphans` returned at two looks in a row; return which."""
-    max_rescues, rescued = get_settings().MAX_RESCUES, []
-    for item in claims:
-        settlement = decide_rescued(
-            item, was_alone=False, consumer="(unknown)", max_rescues=max_rescues
-        )
-        try:
-            settle(settlement, using=using, consumer=None)
-        except LeaseLost as event:
-            logger.debug("%s", event)
-        else:
-            rescued.append(item)
-    return rescued
 
 
 def hasten(pk: int, *, reason: str, using: str) -> bool:

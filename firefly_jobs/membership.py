@@ -14,7 +14,7 @@ from time import monotonic
 
 from django.db import Error, connections
 
-from . import databases, fencing, lifecycle
+from . import databases, fencing, leases, lifecycle
 from .attempts import Claim, Ended, Settlement
 from .exceptions import LeaseLost
 from .holdings import Holdings
@@ -93,7 +93,7 @@ class Membership:
 
     def register(self) -> None:
         """Write a row, and be known by its id from now on."""
-        self.id = lifecycle.register(
+        self.id = leases.register(
             name=f"{socket.gethostname()}:{os.getpid()}",
             queues=self._queues,
             lease_seconds=self._lease_seconds,
@@ -112,7 +112,7 @@ class Membership:
         """Delete the row, unless something is still held."""
         self.reconcile()
         if self._holdings.is_empty:
-            lifecycle.unregister(self.id, using=self._using)
+            leases.unregister(self.id, using=self._using)
 
     def end_sessions(self) -> None:
         """End what this consumer's connections do, where the server can."""

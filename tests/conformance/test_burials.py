@@ -6,7 +6,7 @@ import pytest
 from django.db import OperationalError, connection, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from firefly_jobs import lifecycle
+from firefly_jobs import leases, lifecycle
 from firefly_jobs.attempts import Ended, Settlement, Verdict
 from firefly_jobs.burials import Burials, Death
 from firefly_jobs.exceptions import LeaseLost, TimeLimitExceeded
@@ -41,7 +41,7 @@ def limit_exceeded(claimed):
 
 
 def bury(consumer, **options):
-    return lifecycle.bury(consumer.pk, using="default", **options)
+    return leases.bury(consumer.pk, using="default", **options)
 
 
 def counters(row):
@@ -82,14 +82,14 @@ def test_what_the_dead_would_still_settle_changes_nothing():
 
 
 def test_dead_consumer_that_others_have_rescued_is_no_surprise():
-    assert lifecycle.bury(12_345, using="default") == ([], True)
+    assert leases.bury(12_345, using="default") == ([], True)
 
 
 def test_rows_that_carry_the_id_of_a_rescued_consumer_are_freed_as_well():
     row = tasks.nothing.schedule()
     claim_one(consumer=12_345)
 
-    lifecycle.bury(12_345, using="default")
+    leases.bury(12_345, using="default")
 
     assert counters(row)[0] == "created"
 
@@ -246,14 +246,14 @@ def test_burial_that_the_database_refuses_is_left_to_others_and_the_next_is_not(
     tasks.nothing.schedule()
     dead = child()
     claim_one(consumer=dead.pk)
-    real = lifecycle.bury
+    real = leases.bury
 
     def refuse(consumer, **options):
         if consumer != dead.pk:
             raise OperationalError
         return real(consumer, **options)
 
-    monkeypatch.setattr(lifecycle, "bury", refuse)
+    monkeypatch.setattr(leases, "bury", refuse)
 
     thread.add(Death(consumers=(dead.pk + 1,)))
     thread.add(Death(consumers=(dead.pk,)))

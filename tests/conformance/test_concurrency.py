@@ -19,6 +19,7 @@ from firefly_jobs import (
     admission,
     databases,
     fencing,
+    leases,
     lifecycle,
     lines,
     schedule_many,
@@ -537,20 +538,20 @@ def expired(held):
 
 
 def buried(held):
-    settlements, are_all = lifecycle.bury(1, using="default")
+    settlements, are_all = leases.bury(1, using="default")
     assert (len(settlements), are_all) == (1, True)
 
 
 def rescued(held):
     dead = dead_consumer()
     TaskModel.objects.filter(pk=held.id).update(consumer=dead.pk)
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
-    assert len(lifecycle.rescue(suspect, using="default") or []) == 1
+    (suspect,) = leases.suspects(using="default", besides=0)
+    assert len(leases.rescue(suspect, using="default") or []) == 1
 
 
 def orphaned(held):
     found = fencing.orphans(using="default")
-    assert ids(lifecycle.rescue_orphans(found, using="default")) == [held.id]
+    assert ids(leases.rescue_orphans(found, using="default")) == [held.id]
 
 
 @pytest.mark.parametrize("end", [released, expired, buried, rescued, orphaned])
@@ -570,7 +571,7 @@ def test_a_claim_that_was_never_admitted_is_taken_back_and_forgets_nobody():
     raw = claimed_only(consumer=7)
     assert (raw.id, stands(waits)) == (waits.pk, ("running", line_of(waits)))
 
-    lifecycle.bury(7, using="default")
+    leases.bury(7, using="default")
 
     assert stands(waits) == ("created", None)
     assert stands(later) == ("created", line_of(later))
@@ -612,7 +613,7 @@ def test_a_slot_that_somebody_keeps_locked_holds_up_the_rescue_of_its_own_rows_o
     def bury_impatiently():
         connection.ensure_connection()
         databases.of("default").prepare_dispatcher(connection, 2)
-        return lifecycle.bury(1, using="default")
+        return leases.bury(1, using="default")
 
     with transaction.atomic():
         lifecycle.complete(completion(held), using="default")

@@ -9,7 +9,7 @@ import pytest
 from django.db import connection
 from django.utils import timezone
 
-from firefly_jobs import Consumer, current_task, lifecycle
+from firefly_jobs import Consumer, current_task, leases
 from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import (
@@ -111,7 +111,7 @@ def test_the_first_look_only_marks():
     dead = dead_consumer()
     claim_one(consumer=dead.pk)
 
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
+    (suspect,) = leases.suspects(using="default", besides=0)
 
     assert suspect.pk == dead.pk
     assert suspect.suspected_at is not None
@@ -123,9 +123,9 @@ def test_the_second_look_gives_the_rows_back():
     row = tasks.nothing.schedule()
     dead = dead_consumer()
     claim_one(consumer=dead.pk)
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
+    (suspect,) = leases.suspects(using="default", besides=0)
 
-    (settlement,) = lifecycle.rescue(suspect, using="default") or []
+    (settlement,) = leases.rescue(suspect, using="default") or []
 
     assert settlement.claim.id == row.pk
     assert_status(row, "created")
@@ -137,34 +137,34 @@ def test_the_second_look_gives_the_rows_back():
 def test_a_consumer_that_renewed_in_time_is_not_suspected():
     ConsumerModel.objects.create(name="alive", queues="default", lease_seconds=30)
 
-    assert lifecycle.suspects(using="default", besides=0) == []
+    assert leases.suspects(using="default", besides=0) == []
 
 
 def test_a_consumer_does_not_suspect_itself():
     dead = dead_consumer()
 
-    assert lifecycle.suspects(using="default", besides=dead.pk) == []
+    assert leases.suspects(using="default", besides=dead.pk) == []
 
 
 def test_each_lease_is_judged_by_its_own_length():
     ConsumerModel.objects.filter(pk=dead_consumer(lease_seconds=7200).pk)
     short = dead_consumer(lease_seconds=60)
 
-    assert [row.pk for row in lifecycle.suspects(using="default", besides=0)] == [short.pk]
+    assert [row.pk for row in leases.suspects(using="default", besides=0)] == [short.pk]
 
 
 def test_a_renewal_clears_the_suspicion_and_stops_the_rescue():
     row = tasks.nothing.schedule()
     late = dead_consumer()
     claim_one(consumer=late.pk)
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
+    (suspect,) = leases.suspects(using="default", besides=0)
 
-    assert lifecycle.renew(late.pk, using="default")
+    assert leases.renew(late.pk, using="default")
 
     late.refresh_from_db()
     assert late.suspected_at is None
-    assert lifecycle.suspects(using="default", besides=0) == []
-    assert lifecycle.rescue(suspect, using="default") is None
+    assert leases.suspects(using="default", besides=0) == []
+    assert leases.rescue(suspect, using="default") is None
     assert_status(row, "running")
 
 
@@ -174,9 +174,9 @@ def test_a_rescue_takes_only_running_rows_of_that_consumer():
     first, _, _ = claim(consumer=dead.pk)
     TaskModel.objects.filter(pk=rows[1].pk).update(consumer=dead.pk + 1)
     TaskModel.objects.filter(pk=rows[2].pk).update(status="completed")
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
+    (suspect,) = leases.suspects(using="default", besides=0)
 
-    (settlement,) = lifecycle.rescue(suspect, using="default") or []
+    (settlement,) = leases.rescue(suspect, using="default") or []
 
     assert settlement.claim.id == first.id
     for row, status in zip(rows, ["created", "running", "completed"], strict=True):
@@ -189,19 +189,19 @@ def test_a_row_that_its_dying_consumer_still_locks_is_left_for_the_next_round():
     locked, free = (tasks.nothing.schedule() for _ in range(2))
     dead = dead_consumer()
     claim(consumer=dead.pk)
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
+    (suspect,) = leases.suspects(using="default", besides=0)
     table = TaskModel._meta.db_table
 
     with second_connection() as other:
         other.set_autocommit(False)
         query(other, f"UPDATE {table} SET duration = 1 WHERE id = %s", locked.pk)
-        rescued = lifecycle.rescue(suspect, using="default") or []
+        rescued = leases.rescue(suspect, using="default") or []
         assert [item.claim.id for item in rescued] == [free.pk]
         assert ConsumerModel.objects.filter(pk=dead.pk).exists()
         other.rollback()
         other.set_autocommit(True)
 
-    rescued = lifecycle.rescue(suspect, using="default") or []
+    rescued = leases.rescue(suspect, using="default") or []
     assert [item.claim.id for item in rescued] == [locked.pk]
     assert not ConsumerModel.objects.filter(pk=dead.pk).exists()
 
@@ -304,8 +304,8 @@ def lose(row):
     TaskModel.objects.filter(pk=row.pk).update(not_before=ago(1))
     dead = dead_consumer()
     claim_one(consumer=dead.pk)
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
-    lifecycle.rescue(suspect, using="default")
+    (suspect,) = leases.suspects(using="default", besides=0)
+    leases.rescue(suspect, using="default")
     row.refresh_from_db()
 
 
@@ -334,8 +334,8 @@ def test_neighbours_of_a_task_that_ends_its_process_are_not_blamed():
     for _ in range(6):
         dead = dead_consumer()
         assert len(claim(consumer=dead.pk)) == 2
-        (suspect,) = lifecycle.suspects(using="default", besides=0)
-        lifecycle.rescue(suspect, using="default")
+        (suspect,) = leases.suspects(using="default", besides=0)
+        leases.rescue(suspect, using="default")
 
     for row in rows:
         assert_status(row, "created")
@@ -610,7 +610,7 @@ def test_rows_are_judged_by_the_databases_clock_although_that_of_the_process_is_
     ):
         fresh = tasks.nothing.schedule()
         run_burst()
-        suspects = lifecycle.suspects(using="default", besides=0)
+        suspects = leases.suspects(using="default", besides=0)
 
     assert_status(due, "completed")
     assert_status(fresh, "completed")

@@ -5,7 +5,7 @@ import logging
 import pytest
 from django.db import transaction
 
-from firefly_jobs import current_task, fencing, lifecycle
+from firefly_jobs import current_task, fencing, leases, lifecycle
 from firefly_jobs.attempts import Ended, Settlement
 from firefly_jobs.databases import Completion
 from firefly_jobs.exceptions import LeaseLost
@@ -206,11 +206,11 @@ def test_a_second_rescue_changes_nothing():
     row = tasks.nothing.schedule()
     dead = dead_consumer()
     claim_one(consumer=dead.pk)
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
-    assert len(lifecycle.rescue(suspect, using="default") or []) == 1
+    (suspect,) = leases.suspects(using="default", besides=0)
+    assert len(leases.rescue(suspect, using="default") or []) == 1
     before = state_of(row)
 
-    assert lifecycle.rescue(suspect, using="default") is None
+    assert leases.rescue(suspect, using="default") is None
 
     assert state_of(row) == before
     assert (before["status"], before["rescues"], before["consumer"]) == ("created", 1, None)
@@ -221,11 +221,11 @@ def test_a_rescue_takes_no_row_that_another_consumer_has_claimed_since():
     row = tasks.nothing.schedule()
     dead = dead_consumer()
     held = claim_one(consumer=dead.pk)
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
+    (suspect,) = leases.suspects(using="default", besides=0)
     take_over(held, consumer=dead.pk + 1)
     before = state_of(row)
 
-    assert lifecycle.rescue(suspect, using="default") == []
+    assert leases.rescue(suspect, using="default") == []
 
     assert state_of(row) == before
     assert not ConsumerModel.objects.filter(pk=dead.pk).exists()
@@ -235,14 +235,14 @@ def test_the_rescued_consumer_changes_nothing_afterwards():
     row = tasks.nothing.schedule()
     dead = dead_consumer()
     held = claim_one(consumer=dead.pk)
-    (suspect,) = lifecycle.suspects(using="default", besides=0)
-    lifecycle.rescue(suspect, using="default")
+    (suspect,) = leases.suspects(using="default", besides=0)
+    leases.rescue(suspect, using="default")
     before = state_of(row)
 
     with pytest.raises(LeaseLost), transaction.atomic():
         lifecycle.complete(completion(held), using="default")
     assert lifecycle.release([held], using="default") == 0
-    assert not lifecycle.renew(dead.pk, using="default")
+    assert not leases.renew(dead.pk, using="default")
 
     assert state_of(row) == before
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from django.db.models import Max, Min
 
-from firefly_jobs import Concurrency, RateLimit, admission, fencing, lifecycle, lines, task
+from firefly_jobs import Concurrency, RateLimit, admission, fencing, leases, lifecycle, lines, task
 from firefly_jobs.databases import Completion
 from firefly_jobs.databases.functions import DatabaseMicroseconds, DatabaseNow
 from firefly_jobs.limits import Rate
@@ -308,10 +308,10 @@ def test_a_claim_that_was_never_admitted_takes_no_token_and_lets_the_next_one_go
         strays = fencing.strays_of(dead.pk, held=set(), using="default")
         assert lifecycle.release(strays, using="default") == 1
     elif end == "bury":
-        lifecycle.bury(dead.pk, using="default")
+        leases.bury(dead.pk, using="default")
     else:
-        (suspect,) = lifecycle.suspects(using="default", besides=0)
-        lifecycle.rescue(suspect, using="default")
+        (suspect,) = leases.suspects(using="default", besides=0)
+        leases.rescue(suspect, using="default")
 
     assert stands(first) == ("created", None)
     assert stands(second) == ("created", f"r:{NAME}")

@@ -12,6 +12,7 @@ from firefly_jobs import (
     Cancel,
     TaskAlreadyScheduled,
     enqueue,
+    leases,
     lifecycle,
     schedule_many,
     task,
@@ -155,7 +156,7 @@ def test_the_key_is_free_once_the_task_has_ended(end, jobs):
     elif end == "rescue":
         TaskModel.objects.filter(pk=row.pk).update(rescues=2, lost_alone=1)
         claim_one(consumer=1)
-        lifecycle.bury(1, using="default")
+        leases.bury(1, using="default")
     else:
         if end == "expire":
             TaskModel.objects.update(expires_at=timezone.now() - timedelta(minutes=1))

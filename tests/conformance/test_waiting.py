@@ -22,6 +22,7 @@ from firefly_jobs import (
     current_task,
     databases,
     fencing,
+    leases,
     lifecycle,
     serializers,
     waiting,
@@ -674,7 +675,7 @@ def test_a_row_that_fails_because_it_was_lost_too_often_is_announced(no_neighbou
     dead = dead_consumer()
     assert claim_one(consumer=dead.pk).id == row.pk
     with hearing(Channel.ENDED) as hears:
-        lifecycle.bury(dead.pk, using="default")
+        leases.bury(dead.pk, using="default")
         hears(str(row.pk))
     assert TaskReference(row.pk).get().status == "failed"
 

@@ -9,7 +9,7 @@ import pytest
 from django.db import connection, connections, transaction
 from django.utils import timezone
 
-from firefly_jobs import Snooze, databases, lifecycle, wakeup
+from firefly_jobs import Snooze, databases, leases, lifecycle, wakeup
 from firefly_jobs.attempts import Ended, Settlement
 from firefly_jobs.databases import ANY_QUEUE, Channel, Notice, postgresql
 from firefly_jobs.listening import Listener
@@ -172,7 +172,7 @@ def test_what_is_rescued_from_another_consumer_runs_at_once():
     with napping():
         ConsumerModel.objects.filter(pk=dead.pk).update(suspected_at=timezone.now())
         dead.refresh_from_db()
-        outside(lambda: lifecycle.rescue(dead, using="default"))
+        outside(lambda: leases.rescue(dead, using="default"))
         runs_at_once(row)
 
 

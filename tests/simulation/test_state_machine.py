@@ -28,7 +28,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from firefly_jobs import fencing, lifecycle, serializers
+from firefly_jobs import fencing, leases, lifecycle, serializers
 from firefly_jobs.attempts import Claim, Outcome, decide
 from firefly_jobs.databases import Completion
 from firefly_jobs.databases.functions import SecondsFromNow
@@ -213,9 +213,7 @@ class QueueMachine(RuleBasedStateMachine):
         return self.register()
 
     def register(self) -> int:
-        pk = lifecycle.register(
-            name="test:1", queues=QUEUES, lease_seconds=LEASE_SECONDS, using=USING
-        )
+        pk = leases.register(name="test:1", queues=QUEUES, lease_seconds=LEASE_SECONDS, using=USING)
         self.live[pk] = Consumer()
         return pk
 
@@ -270,7 +268,7 @@ class QueueMachine(RuleBasedStateMachine):
     def renew(self, consumer: int) -> None:
         is_alive = consumer in self.live
 
-        assert lifecycle.renew(consumer, using=USING) == is_alive
+        assert leases.renew(consumer, using=USING) == is_alive
 
         if is_alive:
             self.live[consumer] = Consumer()
@@ -360,12 +358,12 @@ class QueueMachine(RuleBasedStateMachine):
             if (row.status, row.consumer) == ("running", consumer)
         }
         if not held:
-            lifecycle.unregister(consumer, using=USING)
+            leases.unregister(consumer, using=USING)
             self.live.pop(consumer, None)
 
     def look(self, looker: int) -> list[ConsumerModel]:
         """Take the first look, and check whom it marks."""
-        found = lifecycle.suspects(using=USING, besides=looker)
+        found = leases.suspects(using=USING, besides=looker)
 
         for pk, consumer in self.live.items():
             consumer.is_suspected |= pk != looker and consumer.is_late
@@ -383,7 +381,7 @@ class QueueMachine(RuleBasedStateMachine):
                 self.renew(suspect.pk)
                 self.expire(suspect.pk)
                 self.look(looker)
-            settlements = lifecycle.rescue(suspect, using=USING)
+            settlements = leases.rescue(suspect, using=USING)
             if between != "nothing":
                 assert settlements is None
                 continue
@@ -420,7 +418,7 @@ class QueueMachine(RuleBasedStateMachine):
             suspects = self.look(0)
             for suspect in suspects:
                 if suspect.pk == victim:
-                    settlements = lifecycle.rescue(suspect, using=USING)
+                    settlements = leases.rescue(suspect, using=USING)
                     assert settlements is not None
                     self.check_rescued(victim, [it.claim.id for it in settlements])
         # Out of the way of the other rules, in whatever state it is.
