@@ -59,6 +59,8 @@ class Claim(NamedTuple):
     # What the call may take, in seconds and bytes; None: anything.
     time_limit: float | None = None
     memory_limit: int | None = None
+    # The workflow that it is a step of.
+    workflow: int | None = None
     # Whether it may start only once it is admitted, and frees a place when it ends.
     is_limited: bool = False
     # Seconds that are left to start it, as claimed; then a moment of monotonic().  None: for ever.

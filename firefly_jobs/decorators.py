@@ -27,6 +27,7 @@ from .jobs import Job
 from .limits import Concurrency, RateLimit, answer_of, key_of
 from .models import TaskModel
 from .options import OnConflict, TaskOptions, UniqueKey, check_key, check_words
+from .placeholders import has_placeholders
 from .priorities import PriorityName
 from .resources import Limit
 from .retries import RetryStrategy
@@ -144,7 +145,7 @@ class BaseTask(Generic[P, R]):
             self.signature.check_types(bound)
         if validate is None and self._validation is not None:
             validate = self._validation(options, args, kwargs)
-        if validate is not None:
+        if validate is not None and not has_placeholders(bound.arguments):
             call_with(validate, by_name(bound))
         key = options.unique_key
         if callable(key):

@@ -21,11 +21,12 @@ from django.db.models.expressions import DatabaseDefault
 
 from . import databases, serializers, unique
 from .conf import get_settings, seconds, suggestion
-from .databases import EXTRA_COLUMNS, INSERT_COLUMNS, STATEMENT_BYTES_MAX
+from .databases import EXTRA_COLUMNS, INSERT_COLUMNS, STATEMENT_BYTES_MAX, STEP_COLUMNS
 from .databases.functions import SecondsFromNow
 from .jobs import Job
 from .models import TaskModel
 from .options import ETA_MAX, TaskOptions
+from .states import Status
 from .wakeup import announce
 
 # Fields of a new row, in the order of databases.base.INSERT_COLUMNS.
@@ -164,6 +165,28 @@ def insert_many(rows: Iterable[TaskModel], *, using: str | None = None) -> list[
     return written
 
 
+def insert_steps(
+    rows: Sequence[TaskModel], *, workflow: int, waiting: Collection[int], using: str
+) -> None:
+    """Write the rows of a workflow's steps, in the transaction that is open.
+
+    Args:
+        rows: What :func:`build` returned; a key that is taken is an error.
+        workflow: The workflow's id.
+        waiting: The places in ``rows`` of those that wait for others.
+        using: The database alias.
+
+    Raises:
+        TaskAlreadyScheduled: If another row has the unique key of one.
+    """
+    for place, row in enumerate(rows):
+        row.workflow_id = workflow
+        row.on_conflict = "raise"
+        if place in waiting:
+            row.status = Status.BLOCKED
+    insert_many(rows, using=using)
+
+
 def insert_calls(jobs: Iterable[Job]) -> list[TaskModel]:
     """Write many jobs' rows in one transaction; see :func:`firefly_jobs.jobs.schedule_many`.
 
@@ -193,7 +216,8 @@ def _write(connection: Any, rows: list[TaskModel]) -> None:
     """Insert ``rows`` with as few statements as they fit in, and tell each its id."""
     # By hand, since the ORM would name every column of a wide table for every row.
     values, columns = list(map(_inserted, rows)), INSERT_COLUMNS
-    if any(_extras(row.__dict__) != _NO_EXTRAS for row in rows):
+    # Either all of them are steps of a workflow, or none is.
+    if rows[0].workflow_id or any(_extras(row.__dict__) != _NO_EXTRAS for row in rows):
         values, columns = _with_extras(connection, rows)
     insert, ids = databases.of(connection.alias).insert, []
     for portion in _portions(values):
@@ -223,7 +247,11 @@ def _settle_in(row: TaskModel, pk: int, connection: Any) -> None:
 
 def _with_extras(connection: Any, rows: list[TaskModel]) -> tuple[list[tuple[Any, ...]], str]:
     values = [(*_inserted(row), *_prepared(row, connection)) for row in rows]
-    return values, f"{INSERT_COLUMNS}, {EXTRA_COLUMNS}"
+    columns = f"{INSERT_COLUMNS}, {EXTRA_COLUMNS}"
+    if not rows[0].workflow_id:
+        return values, columns
+    steps = [(*found, row.workflow_id, row.status) for found, row in zip(values, rows, strict=True)]
+    return steps, f"{columns}, {STEP_COLUMNS}"
 
 
 def _prepared(row: TaskModel, connection: Any) -> Iterator[Any]:

@@ -60,6 +60,13 @@ class TaskAlreadyScheduled(ValueError):
         self.existing = existing
 
 
+class WorkflowError(ValueError):
+    """A workflow that cannot be: a circle, an unknown parent, a name that is taken.
+
+    Nothing was written.
+    """
+
+
 class TransactionDoomedError(RuntimeError):
     """The call returned, but its transaction was already rolled back or marked so."""
 

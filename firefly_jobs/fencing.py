@@ -38,6 +38,15 @@ def held_among(claims: Collection[Claim], *, using: str) -> list[Claim]:
     return [item for item in claims if (item.id, item.fence) in found]
 
 
+def lock_held(completions: Collection[Completion], *, using: str) -> list[Completion]:
+    """Lock the rows of ``completions`` that are still held, and return those."""
+    rows = TaskModel.objects.using(using).filter(
+        pk__in=[item.id for item in completions], status=Status.RUNNING
+    )
+    found = set(rows.order_by("pk").select_for_update().values_list("id", "fence"))
+    return [item for item in completions if (item.id, item.fence) in found]
+
+
 def was_completed(claim: Claim, *, using: str) -> bool:
     """Whether the row was completed under this claim's fence: by nobody else, then.
 

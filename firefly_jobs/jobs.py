@@ -22,6 +22,7 @@ from .conf import suggestion
 from .exceptions import TaskDefinitionError
 from .limits import Concurrency, LimitKey, RateLimit
 from .options import FIXED, OPTION_WORDS, OnConflict, TaskOptions
+from .placeholders import has_placeholders
 from .priorities import Priority, PriorityName
 from .retries import RetryStrategy
 from .signatures import by_name, call_with
@@ -137,6 +138,8 @@ class Job(metaclass=_JobType):
         kwargs = signature.complete(self.args, self.kwargs, self.options.kwargs)
         bound = signature.bind_partial(self.args, kwargs)
         if self.validate is not None and signature.is_complete(bound):
+            if has_placeholders(bound.arguments):
+                return
             call_with(self.validate, by_name(bound))
 
     def _copy(self, **changes: Any) -> Self:

@@ -1,11 +1,12 @@
 """Change existing rows: claim, settle, release, free, cancel, retry, delete.
 
 The only writer of ``status`` on rows that exist, but for what limits do to it (``admission``,
-``lines``).  A running row changes only for the holder of its fence: every such UPDATE names
-id, status and fence, and one helper, ``fencing.held``, says so (``databases`` says the same
-in its batched statements).  Whoever matches no row has lost the lease and changes nothing.
-A row that stands in a line lets the next one go when it stops running, in the same
-transaction.
+``lines``) and what one step of a workflow means for the others (``dependencies``).  A running
+row changes only for the holder of its fence: every such UPDATE names id, status and fence,
+and one helper, ``fencing.held``, says so (``databases`` says the same in its batched
+statements).  Whoever matches no row has lost the lease and changes nothing.
+A row that stands in a line lets the next one go when it stops running, and a step that ends
+those that wait for it, in the same transaction.
 
 What is due, stale or late is decided by the database's clock.
 """
@@ -21,19 +22,20 @@ from typing import Any
 from django.db import IntegrityError, connections, transaction
 from django.db.models import QuerySet
 
-from . import admission, databases
+from . import admission, databases, dependencies, fencing
 from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
 from .checkpoints import reach
 from .columns import columns_of, history_of, revived_columns
 from .conf import get_settings
 from .databases import ANY_QUEUE, Completion
 from .databases.functions import DatabaseNow
+from .dependencies import End
 from .exceptions import LeaseLost
 from .fencing import claims_of, held, lease_lost
 from .history import note_withdrawn
 from .lines import Lines, lines_of
 from .models import TaskAttempt, TaskModel
-from .states import TRANSITIONS, Status
+from .states import TRANSITIONS, Status, WorkflowStatus
 from .wakeup import announce, announce_ended
 
 logger = logging.getLogger("firefly_jobs")
@@ -119,6 +121,7 @@ def complete(completion: Completion, *, using: str) -> None:
     if not databases.of(using).complete(connections[using], completion):
         raise lease_lost(completion)
     lines.let_go()
+    _follow_completed([completion], using)
     announce_ended(using, (completion.id,))
     reach("settling")
 
@@ -136,6 +139,7 @@ def complete_group(completions: Sequence[Completion], *, using: str) -> None:
         message = f"Only {count} of the {len(completions)} tasks of a group are still held."
         raise LeaseLost(message)
     lines.let_go()
+    _follow_completed(completions, using)
     announce_ended(using, [completion.id for completion in completions])
     reach("settling")
 
@@ -143,21 +147,17 @@ def complete_group(completions: Sequence[Completion], *, using: str) -> None:
 def complete_many(completions: Sequence[Completion], *, using: str) -> list[Completion]:
     """Complete rows whose calls touched no database, as one statement if all is well.
 
-    Those that let others go take a transaction of their own.
+    Those that let others go take a transaction of their own, and are locked first.
 
     Returns:
         Those that were not held any more.
     """
-    limited = [completion for completion in completions if completion.is_limited]
-    others = [completion for completion in completions if not completion.is_limited]
+    leading = [completion for completion in completions if completion.lets_others_go]
+    others = [completion for completion in completions if not completion.lets_others_go]
     database, connection = databases.of(using), connections[using]
     count = database.complete_many(connection, others) if others else 0
-    if limited:
-        lines = _lines_of(limited, using)
-        with database.own_transaction(connection):
-            lines.lock()
-            count += database.complete_many(connection, limited)
-            lines.let_go()
+    if leading:
+        count += _complete_leading(leading, using)
     announce_ended(using, [completion.id for completion in completions])
     reach("settled")
     if count == len(completions):
@@ -170,6 +170,20 @@ def complete_many(completions: Sequence[Completion], *, using: str) -> list[Comp
         .values_list("id", "fence")
     )
     return [c for c in completions if (c.id, c.fence) not in done]
+
+
+def _complete_leading(completions: Sequence[Completion], using: str) -> int:
+    database, connection = databases.of(using), connections[using]
+    lines = _lines_of(completions, using)
+    steps = [item for item in completions if item.workflow is not None]
+    with database.own_transaction(connection):
+        lines.lock()
+        # Looked at before, since one that an earlier try has completed must not count twice.
+        held = set(fencing.lock_held(steps, using=using)) if steps else set()
+        count = database.complete_many(connection, completions)
+        lines.let_go()
+        _follow_completed([item for item in steps if item in held], using)
+    return count
 
 
 def settle(settlement: Settlement, *, using: str, consumer: int | None) -> None:
@@ -186,6 +200,7 @@ def settle(settlement: Settlement, *, using: str, consumer: int | None) -> None:
         if settlement.is_history:
             history_of(settlement, consumer).save(using=using, force_insert=True)
         lines.let_go()
+        _follow([settlement], using)
         _announce([settlement], using)
         reach("settling")
     reach("settled")
@@ -215,6 +230,7 @@ def settle_many(
             [history_of(item, consumer) for item in settled if item.is_history]
         )
         lines.let_go()
+        _follow(settled, using)
         _announce(settled, using)
         reach("settling")
     reach("settled")
@@ -240,6 +256,27 @@ def _columns(settlement: Settlement) -> dict[str, Any]:
         message = f"A running task cannot become {settlement.status}."
         raise ValueError(message)
     return columns_of(settlement)
+
+
+def _follow(settlements: Sequence[Settlement], using: str) -> None:
+    """Do what the end of steps means for their workflows."""
+    ends = [
+        End(item.claim.id, item.claim.workflow, item.status, item.error or "")
+        for item in settlements
+        if item.claim.workflow is not None and item.status.is_terminal
+    ]
+    if ends:
+        dependencies.follow(ends, using=using)
+
+
+def _follow_completed(completions: Sequence[Completion], using: str) -> None:
+    ends = [
+        End(item.id, item.workflow, Status.COMPLETED)
+        for item in completions
+        if item.workflow is not None
+    ]
+    if ends:
+        dependencies.follow(ends, using=using)
 
 
 def _announce(settlements: Sequence[Settlement], using: str) -> None:
@@ -287,6 +324,7 @@ def free_rows(
         [history_of(item, consumer) for item in settlements]
     )
     lines.let_go()
+    _follow(settlements, using)
     _announce(settlements, using)
     return settlements, len(claims) == count
 
@@ -311,24 +349,36 @@ def cancel(ids: Sequence[int], *, using: str) -> int:
     columns = {"error": reason, "active_key": None, "limit_key": None}
     with databases.of(using).write_transaction(connections[using]):
         note_withdrawn(rows, reason, using=using)
+        # Others wait for a step, so its end is more than that of a row.
+        steps = list(rows.filter(workflow__isnull=False).values_list("pk", flat=True))
+        by_step = dependencies.cancel_steps(steps, reason, using=using) if steps else 0
+        rows = rows.filter(workflow__isnull=True)
         cancelled = rows.filter(limit_key__isnull=True).update(status=Status.CANCELLED, **columns)
-        if cancelled < len(ids):
+        if cancelled < len(ids) - len(steps):
             # The others stand in a line, or have started.
             places = admission.places_of(rows)
             cancelled += rows.update(status=Status.CANCELLED, **columns)
             admission.pass_on(places, using=using)
     if cancelled:
         announce_ended(using, ids)
-    return cancelled
+    return cancelled + by_step
 
 
 def retry(ids: Sequence[int], *, using: str) -> int:
     """Make failed or cancelled rows due now, with all their retries; return how many.
 
-    A row whose unique key another one has meanwhile is passed over, and a warning says so.
+    A row whose unique key another one has meanwhile is passed over, and a warning says so; so
+    is a step of a workflow, which runs again with what was cancelled because of it.
     """
     ended = [Status.FAILED, Status.CANCELLED]
     rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=ended)
+    for pk in rows.filter(workflow__isnull=False).values_list("pk", flat=True):
+        logger.warning(
+            "Task %s is a step of a workflow; use the workflow's retry_failed()",
+            pk,
+            extra={"task_id": pk},
+        )
+    rows = rows.filter(workflow__isnull=True)
     # In one order everywhere, so that two who revive the same do not meet in a deadlock.
     keyed = list(
         rows.filter(unique_key__isnull=False)
@@ -351,7 +401,10 @@ def retry(ids: Sequence[int], *, using: str) -> int:
 
 
 def delete(ids: Sequence[int], *, using: str) -> int:
-    """Delete ended rows and their history; return how many rows were deleted."""
+    """Delete ended rows and their history; return how many rows were deleted.
+
+    Steps of a workflow stay until it has ended.
+    """
     connection = connections[using]
     database = databases.of(using)
     with database.write_transaction(connection):
@@ -360,6 +413,7 @@ def delete(ids: Sequence[int], *, using: str) -> int:
             TaskModel.objects.using(using)
             .select_for_update(skip_locked=database.can_skip_locked)
             .filter(pk__in=ids, status__in=[s for s in Status if s.is_terminal])
+            .exclude(workflow__status=WorkflowStatus.RUNNING)
             .values_list("pk", flat=True)
         )
         TaskModel.objects.using(using).filter(pk__in=ended).delete()

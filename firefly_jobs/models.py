@@ -5,6 +5,8 @@ changes the status of existing ones, and a running row changes only under its fe
 The verbs on :class:`TaskModel` (``cancel``, ``retry_now``) hand over to ``lifecycle``, those
 that wait for its end to ``references``.
 
+The tables of workflows stand in ``workflow_models``.
+
 To add a column: make it nullable or give it a ``db_default``, so that yesterday's
 consumer can insert into today's table.
 """
@@ -34,9 +36,23 @@ from .options import (
     OnConflict,
 )
 from .states import Status
+from .workflow_models import WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 
 if TYPE_CHECKING:
     from .references import TaskReference
+
+__all__ = [
+    "ConcurrencySlot",
+    "ConsumerModel",
+    "RateBucket",
+    "TaskAttempt",
+    "TaskModel",
+    "TaskQuerySet",
+    "WorkflowEdge",
+    "WorkflowGate",
+    "WorkflowModel",
+    "WorkflowStep",
+]
 
 
 class TaskQuerySet(models.QuerySet["TaskModel"]):
@@ -132,6 +148,18 @@ class TaskModel(models.Model):
     limit_key = ExactCharField(
         _("line"), max_length=LINE_LENGTH_MAX, null=True, blank=True, editable=False
     )
+    # The workflow that it is a step of.
+    workflow: models.ForeignKey[Any, Any] = models.ForeignKey(
+        "WorkflowModel",
+        on_delete=models.CASCADE,
+        related_name="tasks",
+        verbose_name=_("workflow"),
+        null=True,
+        blank=True,
+        editable=False,
+        db_index=False,
+        db_constraint=False,
+    )
     expires_at = models.DateTimeField(_("expires"), null=True, blank=True)
     time_limit = models.FloatField(_("time limit in seconds"), null=True, blank=True)
     memory_limit = models.BigIntegerField(_("memory limit in bytes"), null=True, blank=True)
@@ -167,6 +195,7 @@ class TaskModel(models.Model):
             SetIndex(
                 fields=["limit_key", "status", "priority", "run_at", "id"], name="firefly_limit"
             ),
+            SetIndex(fields=["workflow", "status", "id"], name="firefly_workflow"),
         ]
         constraints = [  # noqa: RUF012 - Django's own class attribute
             UniqueWhereSet(fields=["active_key"], name="firefly_active_key"),

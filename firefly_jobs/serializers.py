@@ -33,14 +33,17 @@ from django.core.exceptions import ObjectDoesNotExist, SynchronousOnlyOperation
 from django.core.signals import setting_changed
 from django.db.models import Model
 
+from . import placeholders
 from .conf import get_settings
 from .exceptions import BadSignature, PayloadError, PayloadTooLargeError
+from .placeholders import Placeholder
 
 PARAMS = "params"
 RETURNED = "returned"
 
 _SALT = b"firefly_jobs.serializers\0"
 _MODEL_KEY = "$model"
+_JSON_KEYS = {_MODEL_KEY, placeholders.STEP_KEY, placeholders.PARENTS_KEY}
 _LABELS = {PARAMS: "arguments", RETURNED: "results"}
 _REMEDIES = {"json": ", or use serializer='pickle'"}
 
@@ -277,6 +280,8 @@ def _json_default(value: Any) -> Any:
     if isinstance(value, Model):
         label, alias, pk = _reference(value)
         return {_MODEL_KEY: label, "using": alias, "pk": str(pk)}
+    if isinstance(value, Placeholder):
+        return value.to_json()
     message = f"{type(value).__name__} has no JSON form; use serializer='pickle' or convert it"
     raise TypeError(message)
 
@@ -285,7 +290,7 @@ def _json_refuse(value: Any) -> None:
     """Refuse what JSON would silently change: dictionary keys that are no strings."""
     if isinstance(value, dict):
         for key, item in value.items():
-            if not isinstance(key, str) or key == _MODEL_KEY:
+            if not isinstance(key, str) or key in _JSON_KEYS:
                 message = f"a JSON object cannot have the key {key!r}"
                 raise TypeError(message)
             _json_refuse(item)
@@ -303,7 +308,8 @@ def _json_decode(body: str) -> Any:
     def load(found: dict[str, Any]) -> Any:
         if _MODEL_KEY in found:
             return _dereference((found[_MODEL_KEY], found["using"], found["pk"]))
-        return found
+        placeholder = placeholders.from_json(found)
+        return found if placeholder is None else placeholder
 
     return json.loads(body, object_hook=load)
 

@@ -195,10 +195,7 @@ class Settler:
                 self._lost(settlement.claim, fencing.lease_lost(settlement.claim))
 
     def _complete(self, outcomes: list[Outcome], consumer: int) -> None:
-        completions = [
-            Completion(o.claim.id, o.claim.fence, o.duration, o.returned or "", o.claim.is_limited)
-            for o in outcomes
-        ]
+        completions = [Completion.of(o.claim, o.duration, o.returned or "") for o in outcomes]
         try:
             missed = lifecycle.complete_many(completions, using=self._using)
         except Exception as error:

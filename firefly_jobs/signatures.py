@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Union
 
 from .conf import suggestion
 from .exceptions import TaskDefinitionError
+from .placeholders import Placeholder
 
 _Parameter = inspect.Parameter
 _KEYWORDS = (_Parameter.POSITIONAL_OR_KEYWORD, _Parameter.KEYWORD_ONLY)
@@ -161,7 +162,7 @@ class CallSignature:
                 values = value.values()
             allowed = _classes(self._hints.get(name, Any))
             for one in values:
-                if allowed is not None and not isinstance(one, allowed):
+                if allowed is not None and not isinstance(one, (*allowed, Placeholder)):
                     words = " or ".join(cls.__name__ for cls in allowed)
                     message = (
                         f"{self._name} takes {name} as {words}, got a {type(one).__name__} "

@@ -29,6 +29,15 @@ class Status(TextChoices):
         return self in TERMINAL
 
 
+class WorkflowStatus(TextChoices):
+    """Where a workflow stands."""
+
+    RUNNING = "running", _("running")
+    COMPLETED = "completed", _("completed")
+    FAILED = "failed", _("failed")
+    CANCELLED = "cancelled", _("cancelled")
+
+
 TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 TRANSITIONS: dict[Status, frozenset[Status]] = {
@@ -39,9 +48,9 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
         {Status.CREATED, Status.BLOCKED, Status.COMPLETED, Status.FAILED, Status.CANCELLED}
     ),
     Status.COMPLETED: frozenset(),
-    # Only a person brings an ended row back.
-    Status.FAILED: frozenset({Status.CREATED}),
-    Status.CANCELLED: frozenset({Status.CREATED}),
+    # Only a person brings an ended row back; a step of a workflow to where it waited.
+    Status.FAILED: frozenset({Status.CREATED, Status.BLOCKED}),
+    Status.CANCELLED: frozenset({Status.CREATED, Status.BLOCKED}),
 }
 
 

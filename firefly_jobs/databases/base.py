@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from django.db import Error, InterfaceError, transaction
 from django.db.models.sql import Query
@@ -32,7 +32,7 @@ ALL_BANDS: tuple[Band, ...] = ((-32_768, 32_766),)
 CLAIM_COLUMNS = (
     "id, fence, func_name, queue, priority, run_at, params, "
     "retry_attempts, max_retries, retry_delay, retry, rescues, lost_alone, "
-    "time_limit, memory_limit"
+    "time_limit, memory_limit, workflow_id"
 )
 
 # Whether a row has to be admitted once it is claimed.
@@ -52,8 +52,17 @@ EXTRA_COLUMNS = (
     "unique_key, active_key, expires_at, time_limit, memory_limit, "
     "label, description, metadata, tags, concurrency_key, max_concurrent, rate_key, rate_limit"
 )
-NEW_COLUMNS = "status, retry_attempts, fence, rescues, lost_alone"
-NEW_VALUES = "'created', 0, 0, 0, 0"
+# Steps of workflows say these as well: some of them have to wait.
+STEP_COLUMNS = "workflow_id, status"
+NEW_COLUMNS = "retry_attempts, fence, rescues, lost_alone, status"
+NEW_VALUES = ("0", "0", "0", "0", "'created'")
+
+
+def new_columns(columns: str) -> tuple[str, str]:
+    """Return the columns of a new row that ``columns`` say nothing about, and their values."""
+    if not columns.endswith(STEP_COLUMNS):
+        return NEW_COLUMNS, ", ".join(NEW_VALUES)
+    return NEW_COLUMNS.removesuffix(", status"), ", ".join(NEW_VALUES[:-1])
 
 
 class Completion(NamedTuple):
@@ -64,6 +73,19 @@ class Completion(NamedTuple):
     duration: float
     returned: str
     is_limited: bool = False
+    workflow: int | None = None
+
+    @classmethod
+    def of(cls, claim: Claim, duration: float, returned: str) -> Self:
+        """Return the settling of a claim whose call returned."""
+        return cls(
+            claim.id, claim.fence, duration, returned, claim.is_limited, claim.workflow
+        )
+
+    @property
+    def lets_others_go(self) -> bool:
+        """Whether its end is of consequence for other rows."""
+        return self.is_limited or self.workflow is not None
 
 
 class Problem(NamedTuple):
@@ -115,7 +137,8 @@ class Database:
             connection: Where.
             rows: Values of ``columns``: what the database takes, moments as aware datetimes,
                 or as ``SecondsFromNow``.
-            columns: ``INSERT_COLUMNS``, with ``EXTRA_COLUMNS`` behind them if need be.
+            columns: ``INSERT_COLUMNS``, with ``EXTRA_COLUMNS`` behind them if need be, and
+                ``STEP_COLUMNS`` behind those.
         """
         sql, values = self._insert_sql(connection, rows, columns)
         with connection.cursor() as cursor:
@@ -131,7 +154,8 @@ class Database:
         ]
         width = columns.count(",") + 1
         marks = ["%s"] * width
-        one = f"({', '.join(marks)}, {NEW_VALUES})"
+        more, fixed = new_columns(columns)
+        one = f"({', '.join(marks)}, {fixed})"
         every = [one] * len(rows)
         if width > INSERT_COLUMNS.count(",") + 1:
             compiler = Query(None).get_compiler(connection=connection)
@@ -140,8 +164,8 @@ class Database:
                     sql, (values[place],) = compiler.compile(value)
                     row, column = divmod(place, width)
                     own = [*marks[:column], sql, *marks[column + 1 :]]
-                    every[row] = f"({', '.join(own)}, {NEW_VALUES})"
-        sql = f"INSERT INTO {TABLE} ({columns}, {NEW_COLUMNS}) VALUES {', '.join(every)}"  # noqa: S608 - only our own names are formatted in
+                    every[row] = f"({', '.join(own)}, {fixed})"
+        sql = f"INSERT INTO {TABLE} ({columns}, {more}) VALUES {', '.join(every)}"  # noqa: S608 - only our own names are formatted in
         return sql, values
 
     def insert_unless_taken(

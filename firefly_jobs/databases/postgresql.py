@@ -20,10 +20,10 @@ from .base import (
     DISPATCHER_LOCK_SECONDS,
     INSERT_COLUMNS,
     IS_LIMITED,
-    NEW_COLUMNS,
     TABLE,
     Completion,
     Database,
+    new_columns,
 )
 from .functions import SecondsFromNow
 from .notices import Channel, Notice, Subscription
@@ -293,8 +293,9 @@ class PostgreSQL(Database):
                 [TABLE, len(rows)],
             )
             ids = [pk for (pk,) in cursor.fetchall()]
-            fixed = ("created", 0, 0, 0, 0)
-            with cursor.copy(f"COPY {TABLE} (id, {columns}, {NEW_COLUMNS}) FROM STDIN") as copy:
+            more, _ = new_columns(columns)
+            fixed = (0, 0, 0, 0, "created")[: more.count(",") + 1]
+            with cursor.copy(f"COPY {TABLE} (id, {columns}, {more}) FROM STDIN") as copy:
                 for pk, row in zip(ids, rows, strict=True):
                     copy.write_row((pk, *row, *fixed))
         return ids

@@ -11,7 +11,7 @@ from time import monotonic, perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from firefly_jobs import serializers
+from firefly_jobs import serializers, step_results
 from firefly_jobs.attempts import Claim, Outcome, TaskContext, enter_context
 from firefly_jobs.checkpoints import reach
 from firefly_jobs.databases import Completion
@@ -42,9 +42,15 @@ def refuse_if_expired(claim: Claim) -> None:
         raise Expired
 
 
-def load_arguments(claim: Claim) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the call's arguments, verified and unpickled; may query for model instances."""
-    return serializers.loads_params(claim.raw_params, task_name=claim.func_name)
+def load_arguments(claim: Claim, using: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the call's arguments, verified and unpickled.
+
+    May query, for model instances and for what other steps of its workflow have returned.
+    """
+    args, kwargs = serializers.loads_params(claim.raw_params, task_name=claim.func_name)
+    if claim.workflow is None:
+        return args, kwargs
+    return step_results.filled(args, kwargs, workflow=claim.workflow, using=using)
 
 
 class OwnProcess:
@@ -96,7 +102,7 @@ def call(task: BaseTask[Any, Any], claim: Claim, *, using: str) -> str:
 
 def _call(task: BaseTask[Any, Any], claim: Claim, using: str) -> str:
     reach("executing")
-    args, kwargs = load_arguments(claim)
+    args, kwargs = load_arguments(claim, using)
     context = TaskContext(task, claim, args, kwargs, using)
     enter_context(context)
     if task.options.takes_context:
@@ -120,7 +126,7 @@ def store_returned(claim: Claim, value: Any) -> str:
 def completion(claim: Claim, returned: str, started: float) -> Completion:
     """Return what the settling statement needs."""
     duration = perf_counter() - started
-    return Completion(claim.id, claim.fence, duration, returned, claim.is_limited)
+    return Completion.of(claim, duration, returned)
 
 
 def failed_outcome(

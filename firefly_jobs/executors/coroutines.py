@@ -227,11 +227,13 @@ class CoroutineLoop(threading.Thread):
     async def _call(self, task: Any, claim: Claim) -> str:
         reach("executing")
         try:
-            args, kwargs = calls.load_arguments(claim)
+            args, kwargs = calls.load_arguments(claim, self._using)
         except SynchronousOnlyOperation:
             # Model instances among the arguments: loading them is a query, and belongs
             # to the call's transaction.
-            args, kwargs = await sync_to_async(calls.load_arguments)(claim)
+            args, kwargs = await sync_to_async(calls.load_arguments)(
+                claim, self._using
+            )
         context = TaskContext(task, claim, args, kwargs, self._using)
         enter_context(context)
         with calls.OwnProcess():

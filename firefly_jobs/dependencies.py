@@ -1,0 +1,401 @@
+"""May it start yet?  Count the ends of steps at their gates, and let go who waits there.
+
+A step that ends counts itself off in its own settling transaction, so whatever follows from
+its end is committed together with it.  Gates are locked by rank, and nothing opens because
+of a gate but gates of a higher rank, so two who end at the same time wait for each other in
+one order.  A step that waits at a gate is changed only by who has locked the gate.
+
+A step that fails stops its workflow, unless its result is ignored: what has not started is
+cancelled, but for steps that wait for just that.  They see how those before them ended.
+
+Should a count be lost all the same (rows changed by hand, a process that ended between a
+commit and what was to follow it), :func:`sweep` finds the workflow that stands still.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from django.db import connections, transaction
+from django.db.models import Exists, F, OuterRef, QuerySet
+
+from . import admission, databases
+from .columns import revived_columns
+from .databases import ANY_QUEUE
+from .databases.functions import DatabaseNow, Isolation
+from .graphs import END_RANK, When
+from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
+from .states import Status, WorkflowStatus
+from .wakeup import announce, announce_ended
+
+logger = logging.getLogger("firefly_jobs")
+
+# Workflows that one sweep looks at.
+SWEEP_MAX = 100
+SKIPPED = "skipped: a step before it did not end as this one asks"
+_BATCH = 1_000
+_WAITING = [Status.CREATED, Status.BLOCKED]
+_ENDED = [status for status in Status if status.is_terminal]
+
+
+class End(NamedTuple):
+    """A step that has just ended, in the transaction that is open."""
+
+    id: int
+    workflow: int
+    status: Status
+    error: str = ""
+
+
+def follow(ends: Iterable[End], *, using: str) -> None:
+    """Do what follows from the end of some steps, in the transaction that is open.
+
+    Args:
+        ends: Their ends; their rows are written, and locked by that.
+        using: Database alias.
+    """
+    by_workflow: defaultdict[int, list[End]] = defaultdict(list)
+    for end in ends:
+        by_workflow[end.workflow].append(end)
+    for workflow, found in sorted(by_workflow.items()):
+        _Walk(workflow, using).follow(found)
+
+
+class _Walk:
+    """What follows in one workflow, rank by rank.
+
+    Args:
+        workflow: Its id.
+        using: Database alias.
+    """
+
+    def __init__(self, workflow: int, using: str) -> None:
+        self._workflow = workflow
+        self._using = using
+        # By rank and gate: how many have ended, and whether one did so otherwise than asked.
+        self._pending: defaultdict[int, dict[int, tuple[int, bool]]] = defaultdict(dict)
+        self._has_let_go = False
+        self._cancelled: list[int] = []
+
+    def follow(self, ends: Sequence[End]) -> None:
+        """Count steps off that have ended, and do what follows."""
+        ignored = self._ignored(ends)
+        if not self._arrive({end.id: end.status for end in ends}, ignored, first=ends):
+            return
+        if fatal := [e for e in ends if e.status is Status.FAILED and e.id not in ignored]:
+            self._stop(fatal[0])
+        self._walk()
+
+    def _ignored(self, ends: Sequence[End]) -> set[int]:
+        failed = [end.id for end in ends if end.status is Status.FAILED]
+        if not failed:
+            return set()
+        steps = WorkflowStep.objects.using(self._using).filter(pk__in=failed, ignore_result=True)
+        return set(steps.values_list("pk", flat=True))
+
+    def _arrive(
+        self,
+        statuses: Mapping[int, Status],
+        ignored: Collection[int],
+        *,
+        first: Sequence[End] = (),
+    ) -> bool:
+        """Take note of ended steps at the gates behind them.
+
+        Returns:
+            ``False`` if it has to be done once the open transaction has committed: there no
+            statement would see what others have committed meanwhile.
+        """
+        ids = list(statuses)
+        for start in range(0, len(ids), _BATCH):
+            edges = WorkflowEdge.objects.using(self._using).filter(
+                step__in=ids[start : start + _BATCH]
+            )
+            found = edges.values_list("step", "gate", "gate__rank", "when", Isolation())
+            for step, gate, rank, when, isolation in found:
+                if first and isolation != "read-committed" and self._is_in_call():
+                    self._pending.clear()
+                    again = partial(_follow_after, list(first), using=self._using)
+                    transaction.on_commit(again, self._using)
+                    return False
+                is_met = When(when).is_met(statuses[step], is_ignored=step in ignored)
+                self._count(rank, gate, is_met=is_met)
+        return True
+
+    def _is_in_call(self) -> bool:
+        return connections[self._using].in_atomic_block
+
+    def _count(self, rank: int, gate: int, *, is_met: bool) -> None:
+        count, is_unmet = self._pending[rank].get(gate, (0, False))
+        self._pending[rank][gate] = (count + 1, is_unmet or not is_met)
+
+    # --- gates
+
+    def _walk(self) -> None:
+        """Move the counters, and what opens because of them, until nothing more opens."""
+        while self._pending:
+            rank = min(self._pending)
+            self._move(rank, self._pending.pop(rank))
+        if self._has_let_go:
+            announce(self._using, (ANY_QUEUE,))
+        if self._cancelled:
+            announce_ended(self._using, self._cancelled)
+
+    def _move(self, rank: int, counts: Mapping[int, tuple[int, bool]]) -> None:
+        """Move the counters of one rank."""
+        gates = WorkflowGate.objects.using(self._using)
+        locked = gates.filter(pk__in=list(counts)).order_by("pk").select_for_update()
+        opened: dict[int, bool] = {}
+        changes: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
+        for gate, waiting_for, was_unmet in locked.values_list("pk", "waiting_for", "is_unmet"):
+            count, is_unmet = counts[gate]
+            changes[counts[gate]].append(gate)
+            if waiting_for == count:
+                opened[gate] = was_unmet or is_unmet
+        for (count, is_unmet), ids in changes.items():
+            unmet = {"is_unmet": True} if is_unmet else {}
+            gates.filter(pk__in=ids).update(waiting_for=F("waiting_for") - count, **unmet)
+        if opened and rank == END_RANK:
+            self._end()
+        elif opened:
+            self._open(opened)
+
+    def _open(self, gates: Mapping[int, bool]) -> None:
+        """Let go who waits at some gates; cancel who waits for what did not happen.
+
+        Args:
+            gates: Whether something before them ended otherwise than asked.
+        """
+        steps = WorkflowStep.objects.using(self._using)
+        for is_unmet in (False, True):
+            ids = [gate for gate, unmet in gates.items() if unmet is is_unmet]
+            if not ids:
+                continue
+            waiting = list(steps.filter(gate__in=ids).values_list("pk", flat=True))
+            if is_unmet:
+                self._cancel(waiting, SKIPPED)
+            else:
+                self._let_go(waiting)
+        edges = WorkflowEdge.objects.using(self._using).filter(source__in=list(gates))
+        for source, gate, rank, when in edges.values_list("source", "gate", "gate__rank", "when"):
+            self._count(rank, gate, is_met=when == When.ENDED or not gates[source])
+
+    def _let_go(self, ids: Sequence[int]) -> None:
+        for start in range(0, len(ids), _BATCH):
+            rows = TaskModel.objects.using(self._using).filter(
+                pk__in=ids[start : start + _BATCH], status=Status.BLOCKED
+            )
+            self._has_let_go |= rows.update(status=Status.CREATED) > 0
+
+    def _cancel(self, ids: Sequence[int], error: str) -> None:
+        """Cancel those of some steps that have not started; they count as ended."""
+        for start in range(0, len(ids), _BATCH):
+            rows = TaskModel.objects.using(self._using).filter(
+                pk__in=ids[start : start + _BATCH], status__in=_WAITING
+            )
+            # Who is being claimed at this moment has started.
+            found = list(rows.order_by("pk").select_for_update().values_list("pk", "limit_key"))
+            cancelled = [pk for pk, _ in found]
+            if any(line is not None for _, line in found):
+                places = admission.places_of(rows)
+                _write_cancelled(cancelled, error, self._using)
+                admission.pass_on(places, using=self._using)
+            else:
+                _write_cancelled(cancelled, error, self._using)
+            self._cancelled += cancelled
+            self._arrive(dict.fromkeys(cancelled, Status.CANCELLED), ())
+
+    # --- stopping and ending
+
+    def _stop(self, end: End) -> None:
+        """Cancel what has not started because a step has failed, but for what waits for that."""
+        name = WorkflowStep.objects.using(self._using).values_list("name", flat=True).get(pk=end.id)
+        reason = f"step {name!r} failed"
+        if not self.lock_gates():
+            return
+        workflows = WorkflowModel.objects.using(self._using).filter(pk=self._workflow, error="")
+        workflows.update(error=f"{reason}: {end.error}" if end.error else reason)
+        self._cancel(self._not_started(is_cleanup=False), f"cancelled: {reason}")
+
+    def cancel(self) -> bool:
+        """Cancel all steps that have not started; return whether the workflow had not ended."""
+        if not self.lock_gates():
+            return False
+        workflows = WorkflowModel.objects.using(self._using)
+        running = workflows.filter(pk=self._workflow, status=WorkflowStatus.RUNNING)
+        if not running.update(is_cancelled=True):
+            return False
+        self._cancel(self._not_started(), "cancelled: the workflow was cancelled")
+        self._walk()
+        return True
+
+    def cancel_steps(self, ids: Sequence[int], error: str) -> int:
+        """Cancel some steps that have not started; return how many."""
+        if not self.lock_gates():
+            return 0
+        before = len(self._cancelled)
+        self._cancel(ids, error)
+        count = len(self._cancelled) - before
+        self._walk()
+        return count
+
+    def lock_gates(self) -> bool:
+        """Lock all gates that have not opened; return whether there are any."""
+        gates = WorkflowGate.objects.using(self._using).filter(
+            workflow=self._workflow, waiting_for__gt=0
+        )
+        locked = gates.order_by("rank", "pk").select_for_update().values_list("pk")
+        return bool(list(locked))
+
+    def _not_started(self, **conditions: Any) -> list[int]:
+        steps = WorkflowStep.objects.using(self._using).filter(
+            workflow=self._workflow, task__status__in=_WAITING, **conditions
+        )
+        return list(steps.order_by("pk").values_list("pk", flat=True))
+
+    def _end(self) -> None:
+        """Write that the workflow has ended, and let its last call go."""
+        rows = WorkflowModel.objects.using(self._using).filter(pk=self._workflow)
+        workflow = rows.get()
+        if workflow.is_cancelled:
+            status = WorkflowStatus.CANCELLED
+        elif workflow.error:
+            status = WorkflowStatus.FAILED
+        else:
+            status = WorkflowStatus.COMPLETED
+        rows.update(status=status, ended=DatabaseNow())
+        if (pk := workflow.on_success) is not None:
+            self._finally(pk, is_wanted=status is WorkflowStatus.COMPLETED, status=status)
+        if (pk := workflow.on_failure) is not None:
+            self._finally(pk, is_wanted=status is WorkflowStatus.FAILED, status=status)
+
+    def _finally(self, pk: int, *, is_wanted: bool, status: WorkflowStatus) -> None:
+        if is_wanted:
+            self._let_go([pk])
+        elif _write_cancelled([pk], f"not needed: the workflow is {status}", self._using):
+            self._cancelled.append(pk)
+
+    # --- from the rows alone
+
+    def rebuild(self, again: Sequence[int]) -> None:
+        """Set all counters as the rows tell, and let go whom that lets go.
+
+        Args:
+            again: Ended steps that are to run once more.
+        """
+        rows = TaskModel.objects.using(self._using)
+        for start in range(0, len(again), _BATCH):
+            # Keys are unique among what has not ended; a step's own was checked when it was made.
+            rows.filter(pk__in=again[start : start + _BATCH], status__in=_ENDED).update(
+                **revived_columns() | {"status": Status.BLOCKED, "active_key": F("unique_key")}
+            )
+        self._reset_gates()
+        steps = WorkflowStep.objects.using(self._using).filter(workflow=self._workflow)
+        ended = steps.filter(task__status__in=_ENDED)
+        found = list(ended.values_list("pk", "task__status", "ignore_result"))
+        ignored = {pk for pk, _, is_ignored in found if is_ignored}
+        self._arrive({pk: Status(status) for pk, status, _ in found}, ignored)
+        self._let_go(list(steps.filter(gate=None).values_list("pk", flat=True)))
+        self._walk()
+
+    def _reset_gates(self) -> None:
+        gates = WorkflowGate.objects.using(self._using).filter(workflow=self._workflow)
+        edges = WorkflowEdge.objects.using(self._using).filter(gate__workflow=self._workflow)
+        counts: defaultdict[int, int] = defaultdict(int)
+        for gate in edges.values_list("gate", flat=True):
+            counts[gate] += 1
+        by_count: defaultdict[int, list[int]] = defaultdict(list)
+        for gate in gates.order_by("rank", "pk").select_for_update().values_list("pk", flat=True):
+            by_count[counts[gate]].append(gate)
+        for count, ids in by_count.items():
+            for start in range(0, len(ids), _BATCH):
+                gates.filter(pk__in=ids[start : start + _BATCH]).update(
+                    waiting_for=count, is_unmet=False
+                )
+
+
+def _write_cancelled(ids: Sequence[int], error: str, using: str) -> int:
+    rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=_WAITING)
+    return rows.update(status=Status.CANCELLED, error=error, active_key=None, limit_key=None)
+
+
+def _follow_after(ends: Sequence[End], *, using: str) -> None:
+    """Do what follows from ends that are committed already."""
+    with databases.of(using).own_transaction(connections[using]):
+        # A lock first, so that what follows sees what others have committed.
+        for workflow in sorted({end.workflow for end in ends}):
+            list(_locked(workflow, using).values_list("pk"))
+        follow(ends, using=using)
+
+
+def _locked(workflow: int, using: str) -> QuerySet[WorkflowModel]:
+    return WorkflowModel.objects.using(using).select_for_update().filter(pk=workflow)
+
+
+# --- what people do
+
+
+def cancel(workflow: int, *, using: str) -> bool:
+    """Cancel what has not started of a workflow; return whether it had not ended."""
+    with databases.of(using).own_transaction(connections[using]):
+        return _Walk(workflow, using).cancel()
+
+
+def cancel_steps(ids: Sequence[int], error: str, *, using: str) -> int:
+    """Cancel steps that have not started, in the transaction that is open; return how many."""
+    steps = WorkflowStep.objects.using(using).filter(pk__in=ids)
+    by_workflow: defaultdict[int, list[int]] = defaultdict(list)
+    for pk, workflow in steps.order_by("pk").values_list("pk", "workflow"):
+        by_workflow[workflow].append(pk)
+    return sum(
+        _Walk(workflow, using).cancel_steps(found, error)
+        for workflow, found in sorted(by_workflow.items())
+    )
+
+
+def retry_failed(workflow: int, *, using: str) -> int:
+    """Run again what failed in an ended workflow, and what was cancelled; return how many."""
+    with databases.of(using).own_transaction(connections[using]):
+        row = _locked(workflow, using).first()
+        if row is None or row.status not in {WorkflowStatus.FAILED, WorkflowStatus.CANCELLED}:
+            return 0
+        steps = WorkflowStep.objects.using(using).filter(workflow=workflow)
+        again = [
+            *steps.filter(task__status=Status.FAILED, ignore_result=False).values_list(
+                "pk", flat=True
+            ),
+            *steps.filter(task__status=Status.CANCELLED).values_list("pk", flat=True),
+            *(pk for pk in (row.on_success, row.on_failure) if pk is not None),
+        ]
+        WorkflowModel.objects.using(using).filter(pk=workflow).update(
+            status=WorkflowStatus.RUNNING, error="", is_cancelled=False, ended=None
+        )
+        _Walk(workflow, using).rebuild(again)
+        return len(again)
+
+
+# --- what is lost in spite of all
+
+
+def sweep(*, using: str) -> int:
+    """Let workflows go on that stand still; return how many there were."""
+    tasks = TaskModel.objects.using(using).filter(workflow=OuterRef("pk"))
+    moving = tasks.filter(status__in=[Status.CREATED, Status.RUNNING])
+    in_line = tasks.filter(status=Status.BLOCKED, limit_key__isnull=False)
+    running = WorkflowModel.objects.using(using).filter(status=WorkflowStatus.RUNNING)
+    still = running.filter(~Exists(moving), ~Exists(in_line)).order_by("pk")
+    count = 0
+    for workflow in list(still.values_list("pk", flat=True)[:SWEEP_MAX]):
+        with databases.of(using).own_transaction(connections[using]):
+            list(_locked(workflow, using).values_list("pk"))
+            walk = _Walk(workflow, using)
+            walk.lock_gates()
+            if still.filter(pk=workflow).exists():
+                walk.rebuild(())
+                count += 1
+                logger.warning("Workflow %s stood still, and was let go on", workflow)
+    return count

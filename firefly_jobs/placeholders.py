@@ -1,0 +1,80 @@
+"""Arguments that are not known yet: what other steps of a workflow return.
+
+They travel in the arguments of a step, as values, and are replaced when its call starts.
+They are found inside of lists, tuples and dictionaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+STEP_KEY = "$step"
+PARENTS_KEY = "$parents"
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step returns, by its name."""
+
+    step: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what stands for it in JSON."""
+        return {STEP_KEY: self.step}
+
+
+@dataclass(frozen=True, slots=True)
+class ParentResults:
+    """What those of some steps that complete return: ``{name: value}``."""
+
+    steps: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what stands for it in JSON."""
+        return {PARENTS_KEY: list(self.steps)}
+
+
+Placeholder = StepResult | ParentResults
+
+
+def from_json(found: dict[str, Any]) -> Placeholder | None:
+    """Return the placeholder that a JSON object stands for, if it does."""
+    if STEP_KEY in found:
+        return StepResult(found[STEP_KEY])
+    if PARENTS_KEY in found:
+        return ParentResults(tuple(found[PARENTS_KEY]))
+    return None
+
+
+def placeholders_in(value: Any) -> Iterator[Placeholder]:
+    """Yield the placeholders in ``value``, and in what it contains."""
+    if isinstance(value, Placeholder):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from placeholders_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from placeholders_in(item)
+
+
+def has_placeholders(value: Any) -> bool:
+    """Whether ``value`` contains what is not known before the call starts."""
+    return any(True for _ in placeholders_in(value))
+
+
+def replaced(value: Any, replace: Callable[[Placeholder], Any]) -> Any:
+    """Return ``value`` with another value for each placeholder; itself if there is none."""
+    if isinstance(value, Placeholder):
+        return replace(value)
+    if not has_placeholders(value):
+        return value
+    if isinstance(value, dict):
+        return {key: replaced(item, replace) for key, item in value.items()}
+    items = [replaced(item, replace) for item in value]
+    if isinstance(value, tuple):
+        # A named tuple takes its items one by one.
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return items

@@ -1,0 +1,566 @@
+"""Workflows: calls that wait for each other, written as rows in one transaction.
+
+A :class:`Workflow` is a plan.  :meth:`Workflow.schedule` checks the whole graph and writes a
+``WorkflowModel``, a row for each step and the gates they wait at; it may be called again for
+another run.  What happens then is the business of ``dependencies``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.db import connections
+
+from . import databases, enqueue, graphs
+from .conf import get_settings, suggestion
+from .exceptions import WorkflowError
+from .graphs import Dependency, Node, When
+from .jobs import Job
+from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
+from .options import LABEL_LENGTH_MAX
+from .placeholders import ParentResults, StepResult, placeholders_in, replaced
+
+_PARENT_RESULTS = "parent_results"
+_BATCH = 1_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """A step of a workflow that is not scheduled yet; what :meth:`Workflow.add` returns.
+
+    Attributes:
+        name: Its name in the workflow.
+        job: What it calls.
+        result: Stands for what it returns, among the arguments of another step.
+    """
+
+    name: str
+    job: Job
+    priority: int = 0
+    ignore_result: bool = False
+    depends_on: tuple[Any, ...] = ()
+    condition: When = When.SUCCESS
+
+    @property
+    def result(self) -> StepResult:  # noqa: D102 - see above
+        return StepResult(self.name)
+
+    def when(self, condition: str) -> After:
+        """Return this step as a dependency on another condition than success.
+
+        Args:
+            condition: ``"success"``, ``"failure"`` or ``"always"``.
+        """
+        return After(self, _condition(condition))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A workflow that is a part of another one.
+
+    Attributes:
+        name: Its name there; its steps are called ``name.step``.
+        steps: Its steps, as they are called there.
+        last: Those of them that no other waits for.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    last: tuple[Step, ...]
+
+    def when(self, condition: str) -> After:
+        """Return this part as a dependency on another condition than success."""
+        return After(self, _condition(condition))
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """A dependency with a condition of its own."""
+
+    parent: Any
+    condition: When
+
+
+Parent = Step | Part | After | Job | str
+
+
+def _condition(text: str) -> When:
+    known = [w.value for w in When if w is not When.ENDED]
+    if text not in known:
+        message = f"when must be one of {', '.join(known)}, got {text!r}.{suggestion(text, known)}"
+        raise ValueError(message)
+    return When(text)
+
+
+@dataclass(slots=True)
+class _Edges:
+    """What a step waits for, by the places of the steps."""
+
+    parents: dict[Dependency, None] = field(default_factory=dict)
+
+
+class Workflow:
+    """A plan of steps that wait for each other.
+
+    Args:
+        name: What people call it.
+        on_success: A job or task that runs once all of it has completed.
+        on_failure: One that runs once it has failed.
+
+    Raises:
+        ValueError: If the name is empty or too long.
+    """
+
+    def __init__(
+        self, name: str, *, on_success: Any = None, on_failure: Any = None
+    ) -> None:
+        self.name = _checked_name("A workflow's name", name)
+        self._steps: list[Step] = []
+        self._parts: dict[str, Part] = {}
+        self._on_success = None if on_success is None else _as_job(on_success)
+        self._on_failure = None if on_failure is None else _as_job(on_failure)
+
+    def __repr__(self) -> str:
+        return f"<Workflow {self.name}: {len(self._steps)} steps>"
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Its steps, in order of ``add``."""
+        return tuple(self._steps)
+
+    # --- building
+
+    def add(
+        self,
+        job: Any,
+        name: str | None = None,
+        depends_on: Parent | Iterable[Parent] = (),
+        priority: int | None = None,
+        ignore_result: bool = False,
+        when: str = "success",
+    ) -> Any:
+        """Add a step.
+
+        Args:
+            job: A job, a task that is called without arguments, or another workflow.
+            name: Its name here; by default the job's label or its function's name, numbered
+                when that is taken.
+            depends_on: What it waits for: steps, jobs that were added once, or names, also of
+                steps that are added later.
+            priority: Its place in the workflow: it waits for all steps with a higher one.
+            ignore_result: Whether its failure stops nothing.
+            when: What has to become of the steps that it depends on: ``"success"``,
+                ``"failure"`` or ``"always"``; ``step.when(...)`` says so for one of them.
+
+        Returns:
+            The :class:`Step`, or for a workflow the :class:`Part`, to depend on.
+
+        Raises:
+            WorkflowError: If the name is taken.
+            TypeError, ValueError: If something is of another type, or out of range.
+        """
+        level = _level(priority)
+        parents = _as_tuple(depends_on)
+        condition = _condition(when)
+        if isinstance(job, Workflow):
+            if ignore_result:
+                message = "ignore_result belongs to a step; give it to the steps of the workflow."
+                raise ValueError(message)
+            return self._add_part(job, name, parents, level, condition)
+        job = _as_job(job)
+        step = Step(
+            self._new_name(name, _default_name(job)),
+            job,
+            level,
+            bool(ignore_result),
+            parents,
+            condition,
+        )
+        self._steps.append(step)
+        return step
+
+    add_job = add
+
+    def _add_part(
+        self,
+        workflow: Workflow,
+        name: str | None,
+        parents: tuple[Any, ...],
+        level: int,
+        condition: When,
+    ) -> Part:
+        if workflow._on_success is not None or workflow._on_failure is not None:  # noqa: SLF001 - of the same class
+            message = (
+                f"Workflow {workflow.name!r} has on_success or on_failure, which a part of another "
+                f"workflow cannot have. Add a step that depends on it instead."
+            )
+            raise WorkflowError(message)
+        if any(step.priority for step in workflow._steps):  # noqa: SLF001 - as above
+            message = (
+                f"Workflow {workflow.name!r} has priorities of its own, which a part of another "
+                f"workflow cannot have. Use depends_on."
+            )
+            raise WorkflowError(message)
+        if not workflow._steps:  # noqa: SLF001 - as above
+            message = f"Workflow {workflow.name!r} has no steps."
+            raise WorkflowError(message)
+        own = self._new_name(name, workflow.name)
+        places = workflow._edges()  # noqa: SLF001 - as above
+        names = {step.name: f"{own}.{step.name}" for step in workflow._steps}  # noqa: SLF001 - as above
+        copies: list[Step] = []
+        for step, edges in zip(workflow._steps, places, strict=True):  # noqa: SLF001 - as above
+            inner = [
+                After(names[workflow._steps[d.parent].name], d.when)  # noqa: SLF001 - as above
+                for d in edges.parents
+            ]
+            self._new_name(names[step.name], "")
+            copies.append(
+                Step(
+                    names[step.name],
+                    _renamed(step.job, names),
+                    level,
+                    step.ignore_result,
+                    tuple(inner) if inner else parents,
+                    When.SUCCESS if inner else condition,
+                )
+            )
+        waited_for = {d.parent for edges in places for d in edges.parents}
+        last = [step for n, step in enumerate(copies) if n not in waited_for]
+        self._steps += copies
+        self._parts[own] = Part(own, tuple(copies), tuple(last))
+        return self._parts[own]
+
+    def _new_name(self, name: str | None, default: str) -> str:
+        taken = {step.name for step in self._steps} | set(self._parts)
+        if name is not None:
+            if _checked_name("A step's name", name) in taken:
+                message = f"Workflow {self.name!r} has a step {name!r} already; names are unique."
+                raise WorkflowError(message)
+            return name
+        found, number = default, 1
+        while found in taken:
+            number += 1
+            found = f"{default[: LABEL_LENGTH_MAX - 8]}-{number}"
+        return found
+
+    # --- the graph
+
+    def _edges(self) -> list[_Edges]:
+        """Return what each step waits for.
+
+        Raises:
+            WorkflowError: If it is not there, or not to be told from another one.
+        """
+        places = {step.name: n for n, step in enumerate(self._steps)}
+        found = []
+        for step in self._steps:
+            edges = _Edges()
+            for parent in step.depends_on:
+                for one, condition in self._parents(step, parent, step.condition):
+                    edges.parents[Dependency(places[one.name], condition)] = None
+            known = {d.parent for d in edges.parents}
+            for name in _results_in(step.job):
+                if name not in places:
+                    message = f"Step {step.name!r} takes the result of {name!r}, which is no step."
+                    raise WorkflowError(f"{message}{suggestion(name, places)}")
+                if places[name] not in known:
+                    edges.parents[Dependency(places[name])] = None
+            found.append(edges)
+        return found
+
+    def _parents(self, step: Step, parent: Any, condition: When) -> Iterator[tuple[Step, When]]:
+        if isinstance(parent, After):
+            yield from self._parents(step, parent.parent, parent.condition)
+            return
+        if isinstance(parent, str):
+            parent = self._by_name(step, parent)
+        elif isinstance(parent, Job):
+            parent = self._by_job(step, parent)
+        if isinstance(parent, Part) and self._parts.get(parent.name) is parent:
+            yield from ((last, condition) for last in parent.last)
+        elif isinstance(parent, Step) and any(parent is one for one in self._steps):
+            yield parent, condition
+        else:
+            message = (
+                f"Step {step.name!r} depends on {parent!r}, which is no step of workflow "
+                f"{self.name!r}. Give what add() returned, the job that was added, or a name."
+            )
+            raise WorkflowError(message)
+
+    def _by_name(self, step: Step, name: str) -> Step | Part:
+        for one in self._steps:
+            if one.name == name:
+                return one
+        if name in self._parts:
+            return self._parts[name]
+        known = [one.name for one in self._steps]
+        message = (
+            f"Step {step.name!r} depends on {name!r}, which is no step of workflow {self.name!r}."
+            f"{suggestion(name, known)}"
+        )
+        raise WorkflowError(message)
+
+    def _by_job(self, step: Step, job: Job) -> Step:
+        found = [one for one in self._steps if one.job is job]
+        found = found or [one for one in self._steps if one.job == job]
+        if len(found) == 1:
+            return found[0]
+        problem = "was added several times" if found else "was not added"
+        message = (
+            f"Step {step.name!r} depends on a job of {job.task.name!r} that {problem}. Give what "
+            f"add() returned."
+        )
+        raise WorkflowError(message)
+
+    # --- scheduling
+
+    def schedule(self) -> WorkflowModel:
+        """Write all of it in one transaction; the steps that wait for nothing are due at once.
+
+        Returns:
+            The run.
+
+        Raises:
+            WorkflowError: If there is no step, an unknown parent, or a circle.
+            TypeError, ValueError, PayloadError: As for ``job.schedule()``.
+        """
+        edges = self._edges()
+        nodes = [
+            Node(step.name, step.priority, tuple(found.parents))
+            for step, found in zip(self._steps, edges, strict=True)
+        ]
+        plan = graphs.plan(nodes)
+        jobs = [
+            _with_parent_results(step.job, [self._steps[d.parent].name for d in node.parents])
+            for step, node in zip(self._steps, nodes, strict=True)
+        ]
+        last = [job for job in (self._on_success, self._on_failure) if job is not None]
+        alias = _alias_of([*jobs, *last], self.name)
+        rows = [job.row() for job in (*jobs, *last)]
+        with databases.of(alias).write_transaction(connections[alias]):
+            return self._write(rows, nodes, plan, alias)
+
+    async def aschedule(self) -> WorkflowModel:
+        """Schedule from a coroutine."""
+        return await sync_to_async(self.schedule, thread_sensitive=True)()
+
+    def submit_all(self, queue: str | None = None) -> list[int]:
+        """Schedule and return the ids of the tasks, in order of ``add``.
+
+        Args:
+            queue: The queue of all steps, in place of their own.
+        """
+        plan = self
+        if queue is not None:
+            plan = copy.copy(self)
+            plan._steps = [
+                Step(s.name, s.job.with_queue(queue), s.priority, s.ignore_result, (), s.condition)
+                for s in self._steps
+            ]
+            by_name = {s.name: s for s in plan._steps}
+            edges = self._edges()
+            plan._steps = [
+                _with_parents(
+                    by_name[s.name],
+                    [After(self._steps[d.parent].name, d.when) for d in found.parents],
+                )
+                for s, found in zip(self._steps, edges, strict=True)
+            ]
+        run = plan.schedule()
+        steps = WorkflowStep.objects.using(run._state.db).filter(workflow=run)
+        return list(steps.order_by("pk").values_list("pk", flat=True))
+
+    def _write(
+        self, rows: list[TaskModel], nodes: Sequence[Node], plan: graphs.Plan, alias: str
+    ) -> WorkflowModel:
+        run = WorkflowModel(name=self.name)
+        run.save(using=alias, force_insert=True)
+        gates = _write_gates(run, plan, alias)
+        waiting = {n for n, place in enumerate(plan.places) if place is not None}
+        waiting.update(range(len(self._steps), len(rows)))
+        enqueue.insert_steps(rows, workflow=run.pk, waiting=waiting, using=alias)
+        steps = [
+            WorkflowStep(
+                task_id=row.pk,
+                workflow=run,
+                name=step.name,
+                priority=step.priority,
+                gate_id=None if place is None else gates[place],
+                ignore_result=step.ignore_result,
+                is_cleanup=any(d.when is not When.SUCCESS for d in node.parents),
+            )
+            for row, step, place, node in zip(
+                rows, self._steps, plan.places, nodes, strict=False
+            )
+        ]
+        WorkflowStep.objects.using(alias).bulk_create(steps, batch_size=_BATCH)
+        edges = [
+            WorkflowEdge(gate_id=gates[n], step_id=rows[d.parent].pk, when=d.when)
+            for n, gate in enumerate(plan.gates)
+            for d in gate.steps
+        ]
+        edges += [
+            WorkflowEdge(gate_id=gates[n], source_id=gates[source], when=plan.gates[n].condition)
+            for n, gate in enumerate(plan.gates)
+            for source in gate.gates
+        ]
+        WorkflowEdge.objects.using(alias).bulk_create(edges, batch_size=_BATCH)
+        self._write_last(run, rows[len(self._steps) :], alias)
+        return run
+
+    def _write_last(self, run: WorkflowModel, rows: Sequence[TaskModel], alias: str) -> None:
+        """Tell the run which calls wait for its end."""
+        last = iter(rows)
+        changes = {
+            word: next(last).pk
+            for word, job in (("on_success", self._on_success), ("on_failure", self._on_failure))
+            if job is not None
+        }
+        if changes:
+            WorkflowModel.objects.using(alias).filter(pk=run.pk).update(**changes)
+            for word, pk in changes.items():
+                setattr(run, word, pk)
+
+
+def _write_gates(run: WorkflowModel, plan: graphs.Plan, alias: str) -> list[int]:
+    """Write the gates, and return their ids in the same order."""
+    gates = [WorkflowGate(workflow=run, rank=g.rank, waiting_for=g.count) for g in plan.gates]
+    written = WorkflowGate.objects.using(alias).bulk_create(gates, batch_size=_BATCH)
+    ids = [gate.pk for gate in written]
+    if None not in ids:
+        return sorted(ids)
+    # MySQL does not tell; ids rise in the order of the gates, which is that of their ranks.
+    found = WorkflowGate.objects.using(alias).filter(workflow=run).order_by("pk")
+    return list(found.values_list("pk", flat=True))
+
+
+# --- sets of steps
+
+
+def chain(*members: Any, name: str = "chain") -> Workflow:
+    """Return a workflow whose members run one after the other.
+
+    Args:
+        members: Jobs, tasks or workflows.
+        name: Its name.
+    """
+    workflow = Workflow(name)
+    before: Any = ()
+    for member in members:
+        before = workflow.add(member, depends_on=before)
+    return workflow
+
+
+def group(*members: Any, name: str = "group") -> Workflow:
+    """Return a workflow whose members wait for nothing; arguments as for :func:`chain`."""
+    workflow = Workflow(name)
+    for member in members:
+        workflow.add(member)
+    return workflow
+
+
+def chord(members: Any, last: Any, *, name: str = "chord") -> Workflow:
+    """Return a workflow whose last member runs once all others have completed.
+
+    Args:
+        members: A workflow such as a :func:`group`, or jobs and tasks.
+        last: A job, task or workflow.
+        name: Its name.
+    """
+    workflow = Workflow(name)
+    if isinstance(members, Workflow):
+        before: Any = [workflow.add(members)]
+    else:
+        before = [workflow.add(member) for member in members]
+    workflow.add(last, depends_on=before)
+    return workflow
+
+
+# --- what they are made of
+
+
+def _as_job(item: Any) -> Job:
+    if isinstance(item, Job):
+        return item
+    if hasattr(item, "row_of"):
+        return Job(item)
+    message = f"A step is a job, a task or a workflow, got {item!r}. Decorate functions with @task."
+    raise TypeError(message)
+
+
+def _as_tuple(parents: Any) -> tuple[Any, ...]:
+    if isinstance(parents, str | Step | Part | After | Job):
+        return (parents,)
+    return tuple(parents)
+
+
+def _level(priority: Any) -> int:
+    if priority is None:
+        return 0
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        message = f"priority must be a whole number, the place in the workflow, got {priority!r}."
+        raise TypeError(message)
+    return int(priority)
+
+
+def _checked_name(what: str, name: Any) -> str:
+    if not isinstance(name, str) or not name.strip() or len(name) > LABEL_LENGTH_MAX:
+        message = f"{what} must be a text of 1 to {LABEL_LENGTH_MAX} characters, got {name!r}."
+        raise ValueError(message)
+    return name
+
+
+def _default_name(job: Job) -> str:
+    return (job.options.label or job.task.name.rpartition(".")[2])[:LABEL_LENGTH_MAX]
+
+
+def _with_parents(step: Step, parents: Sequence[Any]) -> Step:
+    return Step(
+        step.name, step.job, step.priority, step.ignore_result, tuple(parents), step.condition
+    )
+
+
+def _results_in(job: Job) -> list[str]:
+    """Return the names of the steps whose results are among a job's arguments."""
+    found = placeholders_in((job.args, job.kwargs))
+    return [p.step for p in found if isinstance(p, StepResult)]
+
+
+def _renamed(job: Job, names: dict[str, str]) -> Job:
+    """Return a job whose arguments name steps as they are called in another workflow."""
+
+    def rename(placeholder: Any) -> Any:
+        return StepResult(names.get(placeholder.step, placeholder.step))
+
+    if not _results_in(job):
+        return job
+    return job._copy(args=replaced(job.args, rename), kwargs=replaced(job.kwargs, rename))  # noqa: SLF001 - what else a job is made of
+
+
+def _with_parent_results(job: Job, parents: Sequence[str]) -> Job:
+    """Return a job that gets the results of its parents, if its function takes them."""
+    signature = job.task.signature
+    is_taken = _PARENT_RESULTS in signature.plain.parameters
+    if not is_taken or _PARENT_RESULTS in job.kwargs:
+        return job
+    try:
+        if _PARENT_RESULTS in signature.bind(job.args, job.kwargs).arguments:
+            return job
+    except TypeError:
+        pass
+    return job.with_kwargs(parent_results=ParentResults(tuple(dict.fromkeys(parents))))
+
+
+def _alias_of(jobs: Sequence[Job], name: str) -> str:
+    aliases = {job.options.database or get_settings().DATABASE for job in jobs}
+    if len(aliases) > 1:
+        message = (
+            f"The steps of workflow {name!r} belong to the databases {', '.join(sorted(aliases))}, "
+            f"which cannot be committed together."
+        )
+        raise WorkflowError(message)
+    return aliases.pop()
