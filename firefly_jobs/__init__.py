@@ -31,16 +31,18 @@ if TYPE_CHECKING:
         TaskNotFoundError,
         TimeLimitExceeded,
         WaitInsideTransactionError,
+        WorkflowError,
     )
     from .jobs import Job, aschedule_many, schedule_many
     from .limits import Concurrency, RateLimit
-    from .models import ConsumerModel, TaskAttempt, TaskModel
+    from .models import ConsumerModel, TaskAttempt, TaskModel, WorkflowModel
     from .priorities import Priority
     from .references import TaskReference
     from .resources import Limit
     from .retries import Exponential, Fixed, RandomDelay, RetryStrategy
     from .states import Status
     from .utils import task_as_dict
+    from .workflows import Workflow, chain, chord, group
 
 __version__ = "0.1.0"
 
@@ -65,16 +67,18 @@ _HOMES = {
         "TaskNotFoundError",
         "TimeLimitExceeded",
         "WaitInsideTransactionError",
+        "WorkflowError",
     ),
     "jobs": ("Job", "aschedule_many", "schedule_many"),
     "limits": ("Concurrency", "RateLimit"),
-    "models": ("ConsumerModel", "TaskAttempt", "TaskModel"),
+    "models": ("ConsumerModel", "TaskAttempt", "TaskModel", "WorkflowModel"),
     "references": ("TaskReference",),
     "priorities": ("Priority",),
     "resources": ("Limit",),
     "retries": ("Exponential", "Fixed", "RandomDelay", "RetryStrategy"),
     "states": ("Status",),
     "utils": ("task_as_dict",),
+    "workflows": ("Workflow", "chain", "chord", "group"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -112,10 +116,16 @@ __all__ = [
     "TaskReference",
     "TimeLimitExceeded",
     "WaitInsideTransactionError",
+    "Workflow",
+    "WorkflowError",
+    "WorkflowModel",
     "__version__",
     "aschedule_many",
     "atask",
+    "chain",
+    "chord",
     "current_task",
+    "group",
     "schedule_many",
     "task",
     "task_as_dict",

@@ -21,6 +21,7 @@ from .states import Status
 
 if TYPE_CHECKING:
     from .decorators import BaseTask
+    from .workflow_models import WorkflowModel
 
 ERROR_LENGTH_MAX = 2_000
 TRACEBACK_LENGTH_MAX = 50_000
@@ -405,6 +406,24 @@ class TaskContext:
     def fence(self) -> int:
         """How often the row has been claimed; unique per attempt, so usable as a token."""
         return self._claim.fence
+
+    @property
+    def workflow(self) -> WorkflowModel | None:
+        """The workflow that this call is a step of; read from the database when asked."""
+        if self._claim.workflow is None:
+            return None
+        from .workflow_models import WorkflowModel  # noqa: PLC0415 - see ARCHITECTURE layers
+
+        return WorkflowModel.objects.using(self.database).get(pk=self._claim.workflow)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody wishes that it ends: its workflow was cancelled, or has failed.
+
+        Asks the database; a call that takes long asks now and then, and ends early.
+        """
+        run = self.workflow
+        return run is not None and (run.is_cancelled or bool(run.error))
 
     @property
     def cache(self) -> dict[Any, Any]:

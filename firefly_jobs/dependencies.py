@@ -78,13 +78,17 @@ class _Walk:
         self._using = using
         # By rank and gate: how many have ended, and whether one did so otherwise than asked.
         self._pending: defaultdict[int, dict[int, tuple[int, bool]]] = defaultdict(dict)
+        # Steps that count at the end of the workflow themselves.
+        self._at_end: set[int] = set()
+        self._first: dict[int, Status] = {}
         self._has_let_go = False
         self._cancelled: list[int] = []
 
     def follow(self, ends: Sequence[End]) -> None:
         """Count steps off that have ended, and do what follows."""
         ignored = self._ignored(ends)
-        if not self._arrive({end.id: end.status for end in ends}, ignored, first=ends):
+        self._first = {end.id: end.status for end in ends}
+        if not self._arrive(self._first, ignored, first=ends):
             return
         if fatal := [e for e in ends if e.status is Status.FAILED and e.id not in ignored]:
             self._stop(fatal[0])
@@ -124,6 +128,8 @@ class _Walk:
                     return False
                 is_met = When(when).is_met(statuses[step], is_ignored=step in ignored)
                 self._count(rank, gate, is_met=is_met)
+                if rank == END_RANK:
+                    self._at_end.add(step)
         return True
 
     def _is_in_call(self) -> bool:
@@ -151,7 +157,10 @@ class _Walk:
         locked = gates.filter(pk__in=list(counts)).order_by("pk").select_for_update()
         opened: dict[int, bool] = {}
         changes: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
-        for gate, waiting_for, was_unmet in locked.values_list("pk", "waiting_for", "is_unmet"):
+        found = locked.values_list("pk", "waiting_for", "is_unmet", "is_cut_short")
+        for gate, waiting_for, was_unmet, is_cut_short in found:
+            if is_cut_short:
+                self._look_at_the_end_again()
             count, is_unmet = counts[gate]
             changes[counts[gate]].append(gate)
             if waiting_for == count:
@@ -163,6 +172,17 @@ class _Walk:
             self._end()
         elif opened:
             self._open(opened)
+
+    def _look_at_the_end_again(self) -> None:
+        """Count at the end of the workflow what was not said to when its edges were read.
+
+        Whoever cut it short has held the lock that was waited for a moment ago.
+        """
+        missed, self._first = self._first.keys() - self._at_end, {}
+        edges = WorkflowEdge.objects.using(self._using).filter(step__in=missed, gate__rank=END_RANK)
+        for step, gate in edges.values_list("step", "gate"):
+            self._at_end.add(step)
+            self._count(END_RANK, gate, is_met=True)
 
     def _open(self, gates: Mapping[int, bool]) -> None:
         """Let go who waits at some gates; cancel who waits for what did not happen.
@@ -181,8 +201,8 @@ class _Walk:
             else:
                 self._let_go(waiting)
         edges = WorkflowEdge.objects.using(self._using).filter(source__in=list(gates))
-        for source, gate, rank, when in edges.values_list("source", "gate", "gate__rank", "when"):
-            self._count(rank, gate, is_met=when == When.ENDED or not gates[source])
+        for source, gate, rank in edges.values_list("source", "gate", "gate__rank"):
+            self._count(rank, gate, is_met=not gates[source])
 
     def _let_go(self, ids: Sequence[int]) -> None:
         for start in range(0, len(ids), _BATCH):
@@ -219,7 +239,7 @@ class _Walk:
             return
         workflows = WorkflowModel.objects.using(self._using).filter(pk=self._workflow, error="")
         workflows.update(error=f"{reason}: {end.error}" if end.error else reason)
-        self._cancel(self._not_started(is_cleanup=False), f"cancelled: {reason}")
+        self._cut_short(self._not_started(is_cleanup=False), f"cancelled: {reason}")
 
     def cancel(self) -> bool:
         """Cancel all steps that have not started; return whether the workflow had not ended."""
@@ -229,7 +249,7 @@ class _Walk:
         running = workflows.filter(pk=self._workflow, status=WorkflowStatus.RUNNING)
         if not running.update(is_cancelled=True):
             return False
-        self._cancel(self._not_started(), "cancelled: the workflow was cancelled")
+        self._cut_short(self._not_started(), "cancelled: the workflow was cancelled")
         self._walk()
         return True
 
@@ -238,10 +258,31 @@ class _Walk:
         if not self.lock_gates():
             return 0
         before = len(self._cancelled)
-        self._cancel(ids, error)
+        self._cut_short(ids, error)
         count = len(self._cancelled) - before
         self._walk()
         return count
+
+    def _cut_short(self, ids: Sequence[int], error: str) -> None:
+        """Cancel steps although those before them may not have ended.
+
+        Then the end of what nothing waits for does not tell any more that all has ended, so
+        every step that is left counts at the end of the workflow itself.
+        """
+        self._cancel(ids, error)
+        gates = WorkflowGate.objects.using(self._using).filter(
+            workflow=self._workflow, waiting_for__gt=0
+        )
+        gates.update(is_cut_short=True)
+        end = gates.get(rank=END_RANK)
+        steps = WorkflowStep.objects.using(self._using).filter(workflow=self._workflow)
+        left = steps.exclude(task__status__in=_ENDED).exclude(edges__gate=end)
+        edges = [
+            WorkflowEdge(step_id=pk, gate=end, when=When.ENDED)
+            for pk in left.values_list("pk", flat=True)
+        ]
+        WorkflowEdge.objects.using(self._using).bulk_create(edges, batch_size=_BATCH)
+        gates.filter(pk=end.pk).update(waiting_for=F("waiting_for") + len(edges))
 
     def lock_gates(self) -> bool:
         """Lock all gates that have not opened; return whether there are any."""

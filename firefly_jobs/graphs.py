@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from math import isqrt
 
+from .conf import suggestion
 from .exceptions import WorkflowError
 from .states import Status
 
@@ -37,6 +38,20 @@ class When(StrEnum):
     ALWAYS = "always"
     # Order only: another level of priority, or the end of the workflow.
     ENDED = "ended"
+
+    @classmethod
+    def from_word(cls, word: str) -> When:
+        """Return the condition that people call ``word``.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        known = [w.value for w in cls if w is not cls.ENDED]
+        if word not in known:
+            hint = suggestion(str(word), known)
+            message = f"when must be one of {', '.join(known)}, got {word!r}.{hint}"
+            raise ValueError(message)
+        return cls(word)
 
     def is_met(self, status: Status, *, is_ignored: bool) -> bool:
         """Whether a step that ended like this lets the other one run.
@@ -83,13 +98,11 @@ class Gate:
         steps: The steps, and what is asked of them.
         gates: The other gates, by their numbers.
         rank: How far it is from the start.
-        is_tree: Whether the other gates count for it what it would count itself.
     """
 
     steps: list[Dependency] = field(default_factory=list)
     gates: list[int] = field(default_factory=list)
     rank: int = 0
-    is_tree: bool = False
 
     @property
     def count(self) -> int:

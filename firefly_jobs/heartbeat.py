@@ -18,7 +18,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from . import admission, fencing, leases
+from . import admission, dependencies, fencing, leases
 from .attempts import Claim, Ended
 from .membership import KeptConnection
 from .models import ConsumerModel
@@ -126,6 +126,7 @@ class Heartbeat(threading.Thread):
         if monotonic() >= self._next_sweep_at:
             self._next_sweep_at = monotonic() + self._lease_seconds * SWEEP_LEASES
             self._swept = admission.sweep(self._swept, using=self._using)
+            dependencies.sweep(using=self._using)
 
     def _rescue_the_dead(self, consumer: int) -> None:
         suspects = leases.suspects(using=self._using, besides=consumer)

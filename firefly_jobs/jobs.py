@@ -212,6 +212,11 @@ class Job(metaclass=_JobType):
         count = len(self.args) + len(self.kwargs)
         return f"<{type(self).__name__} {self.task.name}: {count} arguments>"
 
+    @property
+    def default_name(self) -> str:
+        """What a step of a workflow is called that nobody names."""
+        return self.options.label or self.task.name.rpartition(".")[2]
+
     # --- other jobs like it
 
     def with_args(self, *args: Any) -> Self:

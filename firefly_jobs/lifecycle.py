@@ -34,7 +34,7 @@ from .exceptions import LeaseLost
 from .fencing import claims_of, held, lease_lost
 from .history import note_withdrawn
 from .lines import Lines, lines_of
-from .models import TaskAttempt, TaskModel
+from .models import TaskAttempt, TaskModel, WorkflowModel
 from .states import TRANSITIONS, Status, WorkflowStatus
 from .wakeup import announce, announce_ended
 
@@ -344,15 +344,15 @@ def hasten(pk: int, *, reason: str, using: str) -> bool:
 def cancel(ids: Sequence[int], *, using: str) -> int:
     """Cancel rows that wait, for their start or for a retry; return how many were cancelled."""
     waiting = [Status.CREATED, Status.BLOCKED]
-    rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=waiting)
+    found = TaskModel.objects.using(using).filter(pk__in=ids, status__in=waiting)
     reason = "cancelled while it waited"
     columns = {"error": reason, "active_key": None, "limit_key": None}
     with databases.of(using).write_transaction(connections[using]):
-        note_withdrawn(rows, reason, using=using)
         # Others wait for a step, so its end is more than that of a row.
-        steps = list(rows.filter(workflow__isnull=False).values_list("pk", flat=True))
+        steps = list(found.filter(workflow__isnull=False).values_list("pk", flat=True))
         by_step = dependencies.cancel_steps(steps, reason, using=using) if steps else 0
-        rows = rows.filter(workflow__isnull=True)
+        rows = found.filter(workflow__isnull=True)
+        note_withdrawn(rows, reason, using=using)
         cancelled = rows.filter(limit_key__isnull=True).update(status=Status.CANCELLED, **columns)
         if cancelled < len(ids) - len(steps):
             # The others stand in a line, or have started.
@@ -371,14 +371,14 @@ def retry(ids: Sequence[int], *, using: str) -> int:
     is a step of a workflow, which runs again with what was cancelled because of it.
     """
     ended = [Status.FAILED, Status.CANCELLED]
-    rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=ended)
-    for pk in rows.filter(workflow__isnull=False).values_list("pk", flat=True):
+    found = TaskModel.objects.using(using).filter(pk__in=ids, status__in=ended)
+    for pk in found.filter(workflow__isnull=False).values_list("pk", flat=True):
         logger.warning(
             "Task %s is a step of a workflow; use the workflow's retry_failed()",
             pk,
             extra={"task_id": pk},
         )
-    rows = rows.filter(workflow__isnull=True)
+    rows = found.filter(workflow__isnull=True)
     # In one order everywhere, so that two who revive the same do not meet in a deadlock.
     keyed = list(
         rows.filter(unique_key__isnull=False)
@@ -400,6 +400,10 @@ def retry(ids: Sequence[int], *, using: str) -> int:
     return retried
 
 
+def _open_workflows(using: str) -> QuerySet[WorkflowModel]:
+    return WorkflowModel.objects.using(using).filter(status=WorkflowStatus.RUNNING)
+
+
 def delete(ids: Sequence[int], *, using: str) -> int:
     """Delete ended rows and their history; return how many rows were deleted.
 
@@ -413,7 +417,7 @@ def delete(ids: Sequence[int], *, using: str) -> int:
             TaskModel.objects.using(using)
             .select_for_update(skip_locked=database.can_skip_locked)
             .filter(pk__in=ids, status__in=[s for s in Status if s.is_terminal])
-            .exclude(workflow__status=WorkflowStatus.RUNNING)
+            .exclude(workflow__in=_open_workflows(using))
             .values_list("pk", flat=True)
         )
         TaskModel.objects.using(using).filter(pk__in=ended).delete()

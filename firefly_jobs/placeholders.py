@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-STEP_KEY = "$step"
-PARENTS_KEY = "$parents"
+STEP_KEY = "$step_result"
+PARENTS_KEY = "$parent_results"
 
 
 @dataclass(frozen=True, slots=True)

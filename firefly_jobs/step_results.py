@@ -37,7 +37,9 @@ def filled(
         if isinstance(placeholder, ParentResults):
             return {name: results[name] for name in placeholder.steps if name in results}
         if placeholder.step not in results:
-            message = f"Step {placeholder.step!r} has not completed, so it has no result to pass on."
+            message = (
+                f"Step {placeholder.step!r} has not completed, so it has no result to pass on."
+            )
             raise PayloadError(message)
         return results[placeholder.step]
 

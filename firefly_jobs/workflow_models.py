@@ -6,6 +6,9 @@ A step is a row of ``TaskModel`` like any other; what makes it a step stands in
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
 from django.db import models
 from django.utils.translation import gettext_lazy as _
 
@@ -13,6 +16,10 @@ from .databases.functions import DatabaseNow
 from .graphs import When
 from .options import LABEL_LENGTH_MAX
 from .states import WorkflowStatus
+
+if TYPE_CHECKING:
+    from .models import TaskModel
+    from .runs import Progress
 
 
 class WorkflowModel(models.Model):
@@ -47,6 +54,95 @@ class WorkflowModel(models.Model):
     def __str__(self) -> str:
         return f"{self.name} #{self.pk}"
 
+    @property
+    def progress(self) -> Progress:
+        """How many of its steps have ended, of how many, and how many are in each state."""
+        from .runs import progress_of  # noqa: PLC0415 - a verb on a value, see ARCHITECTURE layers
+
+        return progress_of(self)
+
+    @property
+    def ignored_failures(self) -> list[str]:
+        """The names of the steps that have failed without stopping it."""
+        from .runs import ignored_failures_of  # noqa: PLC0415 - as above
+
+        return ignored_failures_of(self)
+
+    def wait(self, timeout: float | timedelta | None = None) -> WorkflowModel:
+        """Wait until it has ended, however it did; return this object, read anew.
+
+        Args:
+            timeout: Seconds or ``timedelta``; ``None`` waits for ever.
+
+        Raises:
+            TimeoutError: If it has not ended in time.
+            WaitInsideTransactionError: If it has not ended and a transaction is open here.
+        """
+        from .runs import wait  # noqa: PLC0415 - as above
+
+        wait(self, timeout)
+        return self
+
+    def cancel(self) -> bool:
+        """Cancel what has not started; return whether it had not ended.
+
+        Calls that run go on; they can ask ``current_task().cancelled``.
+        """
+        from .dependencies import cancel  # noqa: PLC0415 - as above
+
+        return cancel(self.pk, using=self._state.db or "default")
+
+    def retry_failed(self) -> int:
+        """Run again what has failed or was cancelled; return how many steps.
+
+        What has completed stays.  A workflow that runs, or has completed, is left alone.
+        """
+        from .dependencies import retry_failed  # noqa: PLC0415 - as above
+
+        return retry_failed(self.pk, using=self._state.db or "default")
+
+    def add(
+        self,
+        job: Any,
+        name: str | None = None,
+        depends_on: Any = (),
+        *,
+        ignore_result: bool = False,
+        when: str = "success",
+    ) -> TaskModel:
+        """Add a step while it runs, from inside one of its steps or from outside.
+
+        It belongs to the caller's transaction.  Until that ends, steps that nothing waits for
+        cannot end, so add late in a call.
+
+        Args:
+            job: A job, or a task that is called without arguments.
+            name: Its name; by default the job's label or its function's name.
+            depends_on: Names of steps, rows of steps, or a list of both.
+            ignore_result: Whether its failure stops nothing.
+            when: What has to become of those: ``"success"``, ``"failure"``, ``"always"``.
+
+        Raises:
+            WorkflowError: If it has ended or stops, or a name is taken or unknown.
+        """
+        from .runs import add  # noqa: PLC0415 - as above
+
+        condition = When.from_word(when)
+        return add(
+            self,
+            job,
+            name=name,
+            depends_on=depends_on,
+            ignore_result=ignore_result,
+            when=condition,
+        )
+
+    def as_mermaid(self) -> str:
+        """Return it as a Mermaid flowchart, coloured by the status of its steps."""
+        from .runs import as_mermaid  # noqa: PLC0415 - as above
+
+        return as_mermaid(self)
+
 
 class WorkflowGate(models.Model):
     """A counter of what has to end before some steps may start; see ``graphs``."""
@@ -60,6 +156,8 @@ class WorkflowGate(models.Model):
     waiting_for = models.IntegerField()
     # Whether something ended otherwise than the steps here ask for.
     is_unmet = models.BooleanField(default=False)
+    # Whether steps were cancelled before those that they wait for have ended.
+    is_cut_short = models.BooleanField(default=False)
 
     class Meta:
         indexes = [  # noqa: RUF012 - Django's own class attribute

@@ -7,25 +7,23 @@ another run.  What happens then is the business of ``dependencies``.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from asgiref.sync import sync_to_async
-from django.db import connections
 
-from . import databases, enqueue, graphs
+from . import graphs, workflow_rows
 from .conf import get_settings, suggestion
 from .exceptions import WorkflowError
 from .graphs import Dependency, Node, When
 from .jobs import Job
-from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
+from .models import WorkflowModel, WorkflowStep
 from .options import LABEL_LENGTH_MAX
 from .placeholders import ParentResults, StepResult, placeholders_in, replaced
+from .workflow_rows import NewStep
 
 _PARENT_RESULTS = "parent_results"
-_BATCH = 1_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +53,7 @@ class Step:
         Args:
             condition: ``"success"``, ``"failure"`` or ``"always"``.
         """
-        return After(self, _condition(condition))
+        return After(self, When.from_word(condition))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +72,7 @@ class Part:
 
     def when(self, condition: str) -> After:
         """Return this part as a dependency on another condition than success."""
-        return After(self, _condition(condition))
+        return After(self, When.from_word(condition))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +84,6 @@ class After:
 
 
 Parent = Step | Part | After | Job | str
-
-
-def _condition(text: str) -> When:
-    known = [w.value for w in When if w is not When.ENDED]
-    if text not in known:
-        message = f"when must be one of {', '.join(known)}, got {text!r}.{suggestion(text, known)}"
-        raise ValueError(message)
-    return When(text)
 
 
 @dataclass(slots=True)
@@ -115,9 +105,7 @@ class Workflow:
         ValueError: If the name is empty or too long.
     """
 
-    def __init__(
-        self, name: str, *, on_success: Any = None, on_failure: Any = None
-    ) -> None:
+    def __init__(self, name: str, *, on_success: Any = None, on_failure: Any = None) -> None:
         self.name = _checked_name("A workflow's name", name)
         self._steps: list[Step] = []
         self._parts: dict[str, Part] = {}
@@ -134,7 +122,7 @@ class Workflow:
 
     # --- building
 
-    def add(
+    def add(  # noqa: PLR0917 - the names that the field uses, in their order
         self,
         job: Any,
         name: str | None = None,
@@ -165,7 +153,7 @@ class Workflow:
         """
         level = _level(priority)
         parents = _as_tuple(depends_on)
-        condition = _condition(when)
+        condition = When.from_word(when)
         if isinstance(job, Workflow):
             if ignore_result:
                 message = "ignore_result belongs to a step; give it to the steps of the workflow."
@@ -173,7 +161,7 @@ class Workflow:
             return self._add_part(job, name, parents, level, condition)
         job = _as_job(job)
         step = Step(
-            self._new_name(name, _default_name(job)),
+            self._new_name(name, job.default_name[:LABEL_LENGTH_MAX]),
             job,
             level,
             bool(ignore_result),
@@ -193,30 +181,27 @@ class Workflow:
         level: int,
         condition: When,
     ) -> Part:
-        if workflow._on_success is not None or workflow._on_failure is not None:  # noqa: SLF001 - of the same class
+        if workflow._on_success is not None or workflow._on_failure is not None:
             message = (
                 f"Workflow {workflow.name!r} has on_success or on_failure, which a part of another "
                 f"workflow cannot have. Add a step that depends on it instead."
             )
             raise WorkflowError(message)
-        if any(step.priority for step in workflow._steps):  # noqa: SLF001 - as above
+        if any(step.priority for step in workflow._steps):
             message = (
                 f"Workflow {workflow.name!r} has priorities of its own, which a part of another "
                 f"workflow cannot have. Use depends_on."
             )
             raise WorkflowError(message)
-        if not workflow._steps:  # noqa: SLF001 - as above
+        if not workflow._steps:
             message = f"Workflow {workflow.name!r} has no steps."
             raise WorkflowError(message)
         own = self._new_name(name, workflow.name)
-        places = workflow._edges()  # noqa: SLF001 - as above
-        names = {step.name: f"{own}.{step.name}" for step in workflow._steps}  # noqa: SLF001 - as above
+        places = workflow._edges()
+        names = {step.name: f"{own}.{step.name}" for step in workflow._steps}
         copies: list[Step] = []
-        for step, edges in zip(workflow._steps, places, strict=True):  # noqa: SLF001 - as above
-            inner = [
-                After(names[workflow._steps[d.parent].name], d.when)  # noqa: SLF001 - as above
-                for d in edges.parents
-            ]
+        for step, edges in zip(workflow._steps, places, strict=True):
+            inner = [After(names[workflow._steps[d.parent].name], d.when) for d in edges.parents]
             self._new_name(names[step.name], "")
             copies.append(
                 Step(
@@ -265,8 +250,11 @@ class Workflow:
             known = {d.parent for d in edges.parents}
             for name in _results_in(step.job):
                 if name not in places:
-                    message = f"Step {step.name!r} takes the result of {name!r}, which is no step."
-                    raise WorkflowError(f"{message}{suggestion(name, places)}")
+                    message = (
+                        f"Step {step.name!r} takes the result of {name!r}, which is no step of "
+                        f"workflow {self.name!r}.{suggestion(name, places)}"
+                    )
+                    raise WorkflowError(message)
                 if places[name] not in known:
                     edges.parents[Dependency(places[name])] = None
             found.append(edges)
@@ -328,6 +316,9 @@ class Workflow:
             WorkflowError: If there is no step, an unknown parent, or a circle.
             TypeError, ValueError, PayloadError: As for ``job.schedule()``.
         """
+        return self._schedule(None)
+
+    def _schedule(self, queue: str | None) -> WorkflowModel:
         edges = self._edges()
         nodes = [
             Node(step.name, step.priority, tuple(found.parents))
@@ -338,11 +329,20 @@ class Workflow:
             _with_parent_results(step.job, [self._steps[d.parent].name for d in node.parents])
             for step, node in zip(self._steps, nodes, strict=True)
         ]
-        last = [job for job in (self._on_success, self._on_failure) if job is not None]
-        alias = _alias_of([*jobs, *last], self.name)
-        rows = [job.row() for job in (*jobs, *last)]
-        with databases.of(alias).write_transaction(connections[alias]):
-            return self._write(rows, nodes, plan, alias)
+        if queue is not None:
+            jobs = [job.with_queue(queue) for job in jobs]
+        last = {
+            word: job
+            for word, job in (("on_success", self._on_success), ("on_failure", self._on_failure))
+            if job is not None
+        }
+        alias = _alias_of([*jobs, *last.values()], self.name)
+        steps = [
+            NewStep(job.row(), node, step.ignore_result)
+            for job, node, step in zip(jobs, nodes, self._steps, strict=True)
+        ]
+        rows = {word: job.row() for word, job in last.items()}
+        return workflow_rows.insert(self.name, steps, plan, last=rows, using=alias)
 
     async def aschedule(self) -> WorkflowModel:
         """Schedule from a coroutine."""
@@ -354,88 +354,9 @@ class Workflow:
         Args:
             queue: The queue of all steps, in place of their own.
         """
-        plan = self
-        if queue is not None:
-            plan = copy.copy(self)
-            plan._steps = [
-                Step(s.name, s.job.with_queue(queue), s.priority, s.ignore_result, (), s.condition)
-                for s in self._steps
-            ]
-            by_name = {s.name: s for s in plan._steps}
-            edges = self._edges()
-            plan._steps = [
-                _with_parents(
-                    by_name[s.name],
-                    [After(self._steps[d.parent].name, d.when) for d in found.parents],
-                )
-                for s, found in zip(self._steps, edges, strict=True)
-            ]
-        run = plan.schedule()
+        run = self._schedule(queue)
         steps = WorkflowStep.objects.using(run._state.db).filter(workflow=run)
         return list(steps.order_by("pk").values_list("pk", flat=True))
-
-    def _write(
-        self, rows: list[TaskModel], nodes: Sequence[Node], plan: graphs.Plan, alias: str
-    ) -> WorkflowModel:
-        run = WorkflowModel(name=self.name)
-        run.save(using=alias, force_insert=True)
-        gates = _write_gates(run, plan, alias)
-        waiting = {n for n, place in enumerate(plan.places) if place is not None}
-        waiting.update(range(len(self._steps), len(rows)))
-        enqueue.insert_steps(rows, workflow=run.pk, waiting=waiting, using=alias)
-        steps = [
-            WorkflowStep(
-                task_id=row.pk,
-                workflow=run,
-                name=step.name,
-                priority=step.priority,
-                gate_id=None if place is None else gates[place],
-                ignore_result=step.ignore_result,
-                is_cleanup=any(d.when is not When.SUCCESS for d in node.parents),
-            )
-            for row, step, place, node in zip(
-                rows, self._steps, plan.places, nodes, strict=False
-            )
-        ]
-        WorkflowStep.objects.using(alias).bulk_create(steps, batch_size=_BATCH)
-        edges = [
-            WorkflowEdge(gate_id=gates[n], step_id=rows[d.parent].pk, when=d.when)
-            for n, gate in enumerate(plan.gates)
-            for d in gate.steps
-        ]
-        edges += [
-            WorkflowEdge(gate_id=gates[n], source_id=gates[source], when=plan.gates[n].condition)
-            for n, gate in enumerate(plan.gates)
-            for source in gate.gates
-        ]
-        WorkflowEdge.objects.using(alias).bulk_create(edges, batch_size=_BATCH)
-        self._write_last(run, rows[len(self._steps) :], alias)
-        return run
-
-    def _write_last(self, run: WorkflowModel, rows: Sequence[TaskModel], alias: str) -> None:
-        """Tell the run which calls wait for its end."""
-        last = iter(rows)
-        changes = {
-            word: next(last).pk
-            for word, job in (("on_success", self._on_success), ("on_failure", self._on_failure))
-            if job is not None
-        }
-        if changes:
-            WorkflowModel.objects.using(alias).filter(pk=run.pk).update(**changes)
-            for word, pk in changes.items():
-                setattr(run, word, pk)
-
-
-def _write_gates(run: WorkflowModel, plan: graphs.Plan, alias: str) -> list[int]:
-    """Write the gates, and return their ids in the same order."""
-    gates = [WorkflowGate(workflow=run, rank=g.rank, waiting_for=g.count) for g in plan.gates]
-    written = WorkflowGate.objects.using(alias).bulk_create(gates, batch_size=_BATCH)
-    ids = [gate.pk for gate in written]
-    if None not in ids:
-        return sorted(ids)
-    # MySQL does not tell; ids rise in the order of the gates, which is that of their ranks.
-    found = WorkflowGate.objects.using(alias).filter(workflow=run).order_by("pk")
-    return list(found.values_list("pk", flat=True))
 
 
 # --- sets of steps
@@ -512,16 +433,6 @@ def _checked_name(what: str, name: Any) -> str:
         message = f"{what} must be a text of 1 to {LABEL_LENGTH_MAX} characters, got {name!r}."
         raise ValueError(message)
     return name
-
-
-def _default_name(job: Job) -> str:
-    return (job.options.label or job.task.name.rpartition(".")[2])[:LABEL_LENGTH_MAX]
-
-
-def _with_parents(step: Step, parents: Sequence[Any]) -> Step:
-    return Step(
-        step.name, step.job, step.priority, step.ignore_result, tuple(parents), step.condition
-    )
 
 
 def _results_in(job: Job) -> list[str]:

@@ -78,9 +78,7 @@ class Completion(NamedTuple):
     @classmethod
     def of(cls, claim: Claim, duration: float, returned: str) -> Self:
         """Return the settling of a claim whose call returned."""
-        return cls(
-            claim.id, claim.fence, duration, returned, claim.is_limited, claim.workflow
-        )
+        return cls(claim.id, claim.fence, duration, returned, claim.is_limited, claim.workflow)
 
     @property
     def lets_others_go(self) -> bool:

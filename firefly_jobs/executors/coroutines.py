@@ -231,9 +231,7 @@ class CoroutineLoop(threading.Thread):
         except SynchronousOnlyOperation:
             # Model instances among the arguments: loading them is a query, and belongs
             # to the call's transaction.
-            args, kwargs = await sync_to_async(calls.load_arguments)(
-                claim, self._using
-            )
+            args, kwargs = await sync_to_async(calls.load_arguments)(claim, self._using)
         context = TaskContext(task, claim, args, kwargs, self._using)
         enter_context(context)
         with calls.OwnProcess():

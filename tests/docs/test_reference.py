@@ -21,7 +21,17 @@ from firefly_jobs.admin import presentation, rows, tasks
 from firefly_jobs.contrib.celery import CeleryJob
 from firefly_jobs.contrib.jobs import EmailJob, HTTPRequestJob, SQLQueryJob
 from firefly_jobs.jobs import Job
-from firefly_jobs.models import ConcurrencySlot, ConsumerModel, RateBucket, TaskAttempt, TaskModel
+from firefly_jobs.models import (
+    ConcurrencySlot,
+    ConsumerModel,
+    RateBucket,
+    TaskAttempt,
+    TaskModel,
+    WorkflowEdge,
+    WorkflowGate,
+    WorkflowModel,
+    WorkflowStep,
+)
 
 from .pages import DOCS, headings, read, section, table
 
@@ -81,7 +91,10 @@ def test_every_exception_is_documented() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [TaskModel, TaskAttempt, ConsumerModel, ConcurrencySlot, RateBucket],
+    [
+        *(TaskModel, TaskAttempt, ConsumerModel, ConcurrencySlot, RateBucket),
+        *(WorkflowModel, WorkflowStep, WorkflowGate, WorkflowEdge),
+    ],
     ids=lambda m: m.__name__,
 )
 def test_every_field_is_documented(model: type[models.Model]) -> None:

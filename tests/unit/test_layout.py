@@ -182,7 +182,10 @@ def test_scan_for_writers_of_status_leaves_readers_alone(code):
     assert status_writes(ast.parse(code)) == []
 
 
-STATUS_WRITERS = ("enqueue.py", "lifecycle.py", "admission.py", "lines.py", "databases/")
+STATUS_WRITERS = (
+    *("enqueue.py", "lifecycle.py", "admission.py", "lines.py", "dependencies.py"),
+    "databases/",
+)
 
 
 def test_status_is_written_only_by_enqueue_lifecycle_limits_and_their_statements():
@@ -253,7 +256,7 @@ def _is_harmless(call: ast.Call, values: dict[str, ast.expr]) -> bool:
     if "TaskModel" not in receiver:
         return bool(
             re.match(
-                r"(ConsumerModel|TaskAttempt|ConcurrencySlot|RateBucket)\b|(\w*values|kwargs|lifecycle|\{.*\})$",
+                r"(ConsumerModel|TaskAttempt|ConcurrencySlot|RateBucket|Workflow\w+)\b|(\w*values|kwargs|lifecycle|\{.*\})$",
                 receiver,
             )
         )

@@ -21,6 +21,8 @@ from tests.testapp.models import Effect
 TASK = "shop.tasks.charge"
 SECRET = "card-4111-1111"
 
+# What JSON objects stand for other things by.
+RESERVED = {"$model", "$step_result", "$parent_results"}
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -28,7 +30,7 @@ json_values = st.recursive(
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: (
-        st.lists(inner) | st.dictionaries(st.text().filter(lambda k: k != "$model"), inner)
+        st.lists(inner) | st.dictionaries(st.text().filter(lambda k: k not in RESERVED), inner)
     ),
     max_leaves=10,
 )
@@ -147,7 +149,7 @@ def test_empty_values_keep_their_type(serializer, value):
 
 @given(
     st.lists(json_values).map(tuple),
-    st.dictionaries(st.text().filter(lambda k: k != "$model"), json_values),
+    st.dictionaries(st.text().filter(lambda k: k not in RESERVED), json_values),
     st.sampled_from(["pickle", "json"]),
 )
 def test_arguments_come_back_as_a_tuple_and_a_dictionary(args, kwargs, serializer):
@@ -353,6 +355,8 @@ def test_none_is_signed_again_once_signing_is_on_again():
         {True: "bool"},
         [{"deep": ({1: 2},)}],
         {"$model": "auth.user"},
+        {"$step_result": "load"},
+        {"$parent_results": []},
         [{"$model": "auth.user", "using": "default", "pk": "1"}],
         float("nan"),
         [float("inf")],

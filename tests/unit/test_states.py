@@ -16,6 +16,8 @@ ALLOWED = {
     ("running", "cancelled"),
     ("failed", "created"),  # by hand
     ("cancelled", "created"),  # by hand
+    ("failed", "blocked"),  # a step of a workflow, by hand
+    ("cancelled", "blocked"),  # likewise
 }
 
 

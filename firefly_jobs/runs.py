@@ -1,0 +1,275 @@
+"""What people ask of a workflow that is scheduled, and what they add to it.
+
+The verbs of ``WorkflowModel`` with the same names hand over to these functions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from time import monotonic
+from typing import Any
+
+from django.db import connections
+from django.db.models import F, Max
+
+from . import databases, enqueue
+from .conf import seconds, suggestion
+from .exceptions import WorkflowError
+from .graphs import END_RANK, When
+from .jobs import Job
+from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
+from .placeholders import StepResult, placeholders_in
+from .references import TaskReference
+from .states import Status, WorkflowStatus
+
+_COLOURS = {
+    Status.CREATED: "fill:#e7effb,stroke:#4a74b5",
+    Status.BLOCKED: "fill:#f2f2f2,stroke:#8a8a8a",
+    Status.RUNNING: "fill:#fff3cf,stroke:#b58a1a",
+    Status.COMPLETED: "fill:#dff3e1,stroke:#3c8a49",
+    Status.FAILED: "fill:#fbdedc,stroke:#b5443c",
+    Status.CANCELLED: "fill:#eae4ee,stroke:#7c6a8a",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a workflow is.
+
+    Attributes:
+        done: How many of its steps have ended.
+        total: How many steps it has.
+        by_status: How many are in each state.
+    """
+
+    done: int
+    total: int
+    by_status: dict[str, int]
+
+
+def progress_of(run: WorkflowModel) -> Progress:
+    """Return how far a workflow is, in one query."""
+    found = Counter(_steps_of(run).values_list("task__status", flat=True))
+    done = sum(count for status, count in found.items() if Status(status).is_terminal)
+    return Progress(done, found.total(), dict(found))
+
+
+def ignored_failures_of(run: WorkflowModel) -> list[str]:
+    """Return the names of the steps whose failure was ignored."""
+    failed = _steps_of(run).filter(task__status=Status.FAILED, ignore_result=True)
+    return list(failed.order_by("pk").values_list("name", flat=True))
+
+
+def wait(run: WorkflowModel, timeout: float | timedelta | None) -> None:
+    """Wait until a workflow has ended, and read it anew.
+
+    Raises:
+        TimeoutError: If it has not ended in time.
+        WaitInsideTransactionError: If it has not ended, and a transaction is open here.
+    """
+    deadline = None if timeout is None else monotonic() + float(seconds(timeout))
+    while True:
+        # It ends in the same transaction as the last of its steps.
+        step = _steps_of(run).exclude(task__status__in=_terminal()).order_by("-pk").first()
+        run.refresh_from_db()
+        if run.status != WorkflowStatus.RUNNING:
+            return
+        if step is None:
+            continue
+        left = None if deadline is None else max(deadline - monotonic(), 0.0)
+        TaskReference(step.pk, using=run._state.db).wait_finished(left)
+
+
+def _terminal() -> list[Status]:
+    return [status for status in Status if status.is_terminal]
+
+
+def _steps_of(run: WorkflowModel) -> Any:
+    return WorkflowStep.objects.using(run._state.db).filter(workflow=run.pk)
+
+
+# --- adding
+
+
+def add(
+    run: WorkflowModel,
+    job: Any,
+    *,
+    name: str | None,
+    depends_on: Any,
+    ignore_result: bool,
+    when: When,
+) -> TaskModel:
+    """Add a step to a workflow that has not ended, in the caller's transaction.
+
+    Args:
+        run: The workflow.
+        job: A job, or a task that is called without arguments.
+        name: Its name; by default as for :meth:`Workflow.add`.
+        depends_on: Names of steps, their rows, or a list of both.
+        ignore_result: Whether its failure stops nothing.
+        when: What has to become of those.
+
+    Returns:
+        The row.
+
+    Raises:
+        WorkflowError: If the workflow has ended or stops, or a name is taken or unknown.
+    """
+    using = run._state.db or "default"
+    job = job if isinstance(job, Job) else Job(job)
+    named = [p.step for p in placeholders_in((job.args, job.kwargs)) if isinstance(p, StepResult)]
+    with databases.of(using).write_transaction(connections[using]):
+        parents = [*_resolved(run, depends_on), *_resolved(run, named)]
+        waits_for = _lock_parents(run, {step.pk: step for step in parents}, when, using)
+        rank = _steps_of(run).filter(pk__in=waits_for).aggregate(Max("gate__rank"))
+        gate = None
+        if waits_for:
+            gate = WorkflowGate.objects.using(using).create(
+                workflow=run, rank=1 + _or(rank["gate__rank__max"], -1), waiting_for=len(waits_for)
+            )
+        row: TaskModel = job.row()
+        waiting = () if gate is None else (0,)
+        enqueue.insert_steps([row], workflow=run.pk, waiting=waiting, using=using)
+        step = WorkflowStep(
+            task_id=row.pk,
+            workflow=run,
+            name=_free_name(run, name, job),
+            gate=gate,
+            ignore_result=ignore_result,
+            is_cleanup=bool(waits_for) and when is not When.SUCCESS,
+        )
+        step.save(using=using, force_insert=True)
+        # The end comes last: whoever ends a step locks it after all other gates.
+        end = WorkflowGate.objects.using(using).filter(workflow=run, rank=END_RANK)
+        is_open = WorkflowModel.objects.using(using).filter(
+            pk=run.pk, status=WorkflowStatus.RUNNING, error="", is_cancelled=False
+        )
+        if not end.filter(waiting_for__gt=0).update(waiting_for=F("waiting_for") + 1) or not (
+            is_open.exists()
+        ):
+            message = f"Workflow {run} has ended, or stops, so nothing can be added to it."
+            raise WorkflowError(message)
+        edges = [WorkflowEdge(gate=gate, step_id=pk, when=when) for pk in waits_for]
+        edges.append(WorkflowEdge(gate=end.get(), step_id=row.pk, when=When.ENDED))
+        WorkflowEdge.objects.using(using).bulk_create(edges)
+    return row
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _resolved(run: WorkflowModel, depends_on: Any) -> list[WorkflowStep]:
+    if isinstance(depends_on, str | TaskModel):
+        depends_on = [depends_on]
+    found = []
+    for parent in depends_on:
+        steps = _steps_of(run)
+        key = {"pk": parent.pk} if isinstance(parent, TaskModel) else {"name": parent}
+        step = steps.filter(**key).first()
+        if step is None:
+            names = list(steps.values_list("name", flat=True)[:1_000])
+            hint = suggestion(parent, names) if isinstance(parent, str) else ""
+            message = f"{parent!r} is no step of workflow {run}.{hint}"
+            raise WorkflowError(message)
+        found.append(step)
+    return found
+
+
+def _lock_parents(
+    run: WorkflowModel, parents: dict[int, WorkflowStep], when: When, using: str
+) -> list[int]:
+    """Return those of ``parents`` that have not ended, and keep them from ending meanwhile."""
+    rows = TaskModel.objects.using(using).filter(pk__in=list(parents)).order_by("pk")
+    waits_for = []
+    for pk, status in rows.select_for_update().values_list("pk", "status"):
+        if not Status(status).is_terminal:
+            waits_for.append(pk)
+        elif not when.is_met(Status(status), is_ignored=parents[pk].ignore_result):
+            message = (
+                f"A step of workflow {run} cannot depend on {parents[pk].name!r}, which is "
+                f"{status}."
+            )
+            raise WorkflowError(message)
+    return waits_for
+
+
+def _free_name(run: WorkflowModel, name: str | None, job: Job) -> str:
+    steps = _steps_of(run)
+    if name is not None:
+        if steps.filter(name=name).exists():
+            message = f"Workflow {run} has a step {name!r} already; names are unique."
+            raise WorkflowError(message)
+        return name
+    default = found = job.default_name
+    number = 1
+    while steps.filter(name=found).exists():
+        number += 1
+        found = f"{default}-{number}"
+    return found
+
+
+# --- a picture
+
+
+def edges_of(run: WorkflowModel) -> list[tuple[int, int, When]]:
+    """Return who waits for whom, as ids of steps: ``(parent, child, when)``.
+
+    What waits for a whole level of priorities is not told step by step.
+    """
+    using = run._state.db
+    sources: defaultdict[int, list[int]] = defaultdict(list)
+    steps: defaultdict[int, list[tuple[int, When]]] = defaultdict(list)
+    edges = WorkflowEdge.objects.using(using).filter(gate__workflow=run.pk).order_by("pk")
+    for gate, source in edges.filter(step=None).values_list("gate", "source"):
+        sources[gate].append(source)
+    told = edges.filter(source=None).exclude(when=When.ENDED)
+    for gate, step, when in told.values_list("gate", "step", "when"):
+        steps[gate].append((step, When(when)))
+    waiting = _steps_of(run).exclude(gate=None).order_by("pk").values_list("pk", "gate")
+    found = []
+    for child, gate in waiting:
+        todo: list[Any] = [gate]
+        while todo:
+            one = todo.pop(0)
+            found += [(parent, child, when) for parent, when in steps[one]]
+            todo += sources[one]
+    return found
+
+
+def as_mermaid(run: WorkflowModel) -> str:
+    """Return the workflow as a Mermaid flowchart, coloured by status."""
+    steps = list(
+        _steps_of(run).order_by("pk").values_list("pk", "name", "priority", "task__status")
+    )
+    levels = sorted({priority for _, _, priority, _ in steps}, reverse=True)
+    lines = ["flowchart TD"]
+    for level in levels:
+        if len(levels) > 1:
+            lines.append(f'    subgraph level{_id(level)}["priority {level}"]')
+        lines += [
+            f'    s{pk}["{_escaped(name)}"]:::{status}'
+            for pk, name, priority, status in steps
+            if priority == level
+        ]
+        if len(levels) > 1:
+            lines.append("    end")
+    for above, below in pairwise(levels):
+        lines.append(f"    level{_id(above)} --> level{_id(below)}")
+    for parent, child, when in edges_of(run):
+        arrow = "-->" if when is When.SUCCESS else f"-. {when} .->"
+        lines.append(f"    s{parent} {arrow} s{child}")
+    lines += [f"    classDef {status} {colour}" for status, colour in _COLOURS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _id(level: int) -> str:
+    return str(level).replace("-", "minus")
+
+
+def _escaped(name: str) -> str:
+    return "".join(c if c.isalnum() or c in " ._-()/" else f"#{ord(c)};" for c in name)

@@ -1,0 +1,397 @@
+"""Workflows: steps start when they may, whatever happens to those before them."""
+
+from typing import Any
+
+import pytest
+
+from firefly_jobs import (
+    Workflow,
+    WorkflowError,
+    WorkflowModel,
+    chain,
+    chord,
+    current_task,
+    dependencies,
+    group,
+    lifecycle,
+    task,
+)
+from firefly_jobs.databases import Completion
+from firefly_jobs.models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowStep
+from tests.conformance import tasks
+from tests.conformance.support import claim, consuming, run_burst
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+ran: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_ran():
+    ran.clear()
+
+
+@task
+def step(name, value=None):
+    ran.append(name)
+    return value
+
+
+@task
+def fail(name):
+    ran.append(name)
+    raise ValueError(name)
+
+
+@task
+def gather(parent_results):
+    ran.append("gather")
+    return dict(parent_results)
+
+
+@task
+def add(a, b):
+    return a + b
+
+
+def states(run):
+    found = WorkflowStep.objects.filter(workflow=run).values_list("name", "task__status")
+    return dict(found)
+
+
+def ended(run):
+    run.refresh_from_db()
+    return run.status, run.error
+
+
+def complete(held):
+    lifecycle.complete_many([Completion.of(held, 0.0, "")], using="default")
+
+
+def call(name, value=None):
+    return step.job.with_args(name, value).with_name(name)
+
+
+def failing(name):
+    return fail.job.with_args(name).with_name(name)
+
+
+def test_steps_run_after_those_they_depend_on():
+    wf = Workflow("diamond")
+    a = wf.add(call("a"))
+    b = wf.add(call("b"), depends_on=[a])
+    c = wf.add(call("c"), depends_on=[a])
+    wf.add(call("d"), depends_on=[b, c])
+
+    run = wf.schedule()
+    assert states(run) == {"a": "created", "b": "blocked", "c": "blocked", "d": "blocked"}
+    run_burst()
+
+    assert (ran[0], set(ran[1:3]), ran[3]) == ("a", {"b", "c"}, "d")
+    assert ended(run) == ("completed", "")
+    assert run.ended is not None
+
+
+def test_a_failed_step_stops_the_workflow():
+    wf = Workflow("stops")
+    a = wf.add(failing("a"))
+    wf.add(call("b"), depends_on=[a])
+    wf.add(call("c"), depends_on=["b"])
+
+    run = wf.schedule()
+    run_burst()
+
+    assert states(run) == {"a": "failed", "b": "cancelled", "c": "cancelled"}
+    assert ended(run) == ("failed", "step 'a' failed: ValueError: a")
+    assert TaskModel.objects.get(step__name="c").error == "cancelled: step 'a' failed"
+
+
+def test_an_ignored_failure_stops_nothing():
+    wf = Workflow("goes on")
+    a = wf.add(failing("a"), ignore_result=True)
+    wf.add(call("b"), depends_on=[a])
+
+    run = wf.schedule()
+    run_burst()
+
+    assert states(run) == {"a": "failed", "b": "completed"}
+    assert ended(run) == ("completed", "")
+
+
+def test_clean_up_runs_after_a_failure_and_is_skipped_after_success():
+    for job, expected in (
+        (
+            failing("a"),
+            {"a": "failed", "b": "cancelled", "sorry": "completed", "tidy": "completed"},
+        ),
+        (
+            call("a"),
+            {"a": "completed", "b": "completed", "sorry": "cancelled", "tidy": "completed"},
+        ),
+    ):
+        wf = Workflow("clean-up")
+        a = wf.add(job)
+        b = wf.add(call("b"), depends_on=a)
+        wf.add(call("sorry"), depends_on=[a], when="failure")
+        wf.add(call("tidy"), depends_on=[b.when("always"), a.when("always")])
+
+        run = wf.schedule()
+        run_burst()
+
+        assert states(run) == expected
+        assert ended(run)[0] == ("failed" if expected["a"] == "failed" else "completed")
+
+
+def test_steps_wait_for_all_of_a_higher_priority_with_one_counter_per_level():
+    wf = Workflow("levels")
+    for n in range(40):
+        wf.add(call(f"high-{n}"), priority=10)
+    for n in range(40):
+        wf.add(call(f"low-{n}"), priority=-3)
+    run = wf.schedule()
+
+    run_burst()
+
+    assert {name.split("-")[0] for name in ran[:40]} == {"high"}
+    assert ended(run) == ("completed", "")
+    assert WorkflowEdge.objects.count() <= 40 + 40 + 2 * 7
+
+
+def test_results_of_parents_are_passed():
+    wf = Workflow("results")
+    a = wf.add(call("a", 20))
+    b = wf.add(call("b", 22))
+    wf.add(gather, depends_on=[a, b])
+    total = wf.add(add.job.with_args(a.result).with_kwargs(b=b.result))
+    run = wf.schedule()
+
+    run_burst()
+
+    assert TaskModel.objects.get(step__name="gather").returned == {"a": 20, "b": 22}
+    assert TaskModel.objects.get(step__name=total.name).returned == 42
+    assert ended(run) == ("completed", "")
+
+
+def test_a_wide_fan_in_starts_once():
+    wf = Workflow("wide")
+    first = wf.add(call("first"))
+    middle = [wf.add(call(f"m{n}"), depends_on=[first]) for n in range(200)]
+    wf.add(call("last"), depends_on=middle)
+    run = wf.schedule()
+    assert WorkflowGate.objects.filter(workflow=run).count() == 1 + 15 + 1 + 1
+
+    run_burst()
+
+    assert (len(ran), ran[0], ran[-1]) == (202, "first", "last")
+    assert ended(run) == ("completed", "")
+
+
+def test_sets_of_steps():
+    run = chain(
+        call("a"), group(call("b"), call("c")), chord([call("d"), call("e")], call("f"))
+    ).schedule()
+
+    run_burst()
+
+    assert ran[0] == "a"
+    assert set(ran[1:3]) == {"b", "c"}
+    assert set(ran[3:5]) == {"d", "e"}
+    assert ran[5] == "f"
+    assert ended(run) == ("completed", "")
+
+
+def test_last_calls():
+    for job, expected in ((call("a"), "good"), (failing("a"), "bad")):
+        ran.clear()
+        wf = Workflow("last", on_success=call("good"), on_failure=call("bad"))
+        wf.add(job)
+        wf.schedule()
+        run_burst()
+        assert ran == ["a", expected]
+
+
+def test_circles_are_refused_and_named():
+    wf = Workflow("circle")
+    wf.add(call("a"), depends_on=["c"])
+    wf.add(call("b"), depends_on=["a"])
+    wf.add(call("c"), depends_on=["b"])
+    with pytest.raises(WorkflowError, match="'a' -> 'c' -> 'b' -> 'a'"):
+        wf.schedule()
+    assert not WorkflowModel.objects.exists()
+
+
+# --- what people do with a run
+
+
+def test_a_run_is_waited_for_and_tells_how_far_it_is():
+    wf = Workflow("waits")
+    a = wf.add(call("a"))
+    wf.add(failing("b"), depends_on=a, ignore_result=True)
+    run = wf.schedule()
+    assert (run.progress.done, run.progress.total) == (0, 2)
+    assert run.progress.by_status == {"created": 1, "blocked": 1}
+    with pytest.raises(TimeoutError):
+        run.wait(timeout=0)
+
+    with consuming():
+        assert run.wait(timeout=20) is run
+
+    assert (run.status, run.progress.done, run.ignored_failures) == ("completed", 2, ["b"])
+
+
+def test_cancelling_a_run_cancels_what_has_not_started():
+    wf = Workflow("cancel")
+    a = wf.add(call("a"))
+    wf.add(call("b"), depends_on=a)
+    wf.add(call("tidy"), depends_on=a, when="always")
+    run = wf.schedule()
+    (held,) = claim()
+
+    assert run.cancel()
+    assert states(run) == {"a": "running", "b": "cancelled", "tidy": "cancelled"}
+    assert ended(run)[0] == "running"
+
+    complete(held)
+    assert ended(run)[0] == "cancelled"
+    assert not run.cancel()
+
+
+def test_a_call_is_told_that_its_workflow_was_cancelled():
+    seen: list[Any] = []
+
+    def body():
+        seen.append((str(current_task().workflow), current_task().cancelled))
+        WorkflowModel.objects.get().cancel()
+        seen.append(current_task().cancelled)
+
+    tasks.BODIES["asks"] = body
+    wf = Workflow("asks")
+    wf.add(tasks.call.job.with_args("asks"))
+    run = wf.schedule()
+    run_burst()
+
+    assert seen == [(str(run), False), True]
+
+
+def test_cancelling_one_step_skips_what_needs_it():
+    wf = Workflow("one")
+    a = wf.add(call("a"))
+    b = wf.add(call("b"), depends_on=a)
+    wf.add(call("c"), depends_on=b)
+    wf.add(call("always"), depends_on=b, when="always")
+    run = wf.schedule()
+
+    assert TaskModel.objects.get(step__name="b").cancel()
+
+    assert states(run) == {"a": "created", "b": "cancelled", "c": "cancelled", "always": "created"}
+    assert TaskModel.objects.get(step__name="c").error.startswith("skipped: ")
+    run_burst()
+    assert ended(run) == ("completed", "")
+
+
+def test_what_failed_is_run_again_and_what_completed_stays():
+    broken = [True]
+
+    def body():
+        ran.append("flaky")
+        if broken.pop():
+            raise ValueError("not yet")
+
+    tasks.BODIES["flaky"] = body
+    wf = Workflow("again", on_success=call("good"), on_failure=call("bad"))
+    a = wf.add(call("a"))
+    b = wf.add(tasks.call.job.with_args("flaky").with_name("flaky"), depends_on=a)
+    wf.add(call("c"), depends_on=b)
+    run = wf.schedule()
+    run_burst()
+    assert ended(run)[0] == "failed"
+    assert ran == ["a", "flaky", "bad"]
+    broken.append(False)
+
+    assert run.retry_failed() == 4
+    assert ended(run) == ("running", "")
+    run_burst()
+
+    assert ran == ["a", "flaky", "bad", "flaky", "c", "good"]
+    assert ended(run) == ("completed", "")
+    assert run.retry_failed() == 0
+
+
+def test_a_failed_step_is_not_revived_by_itself(caplog):
+    wf = Workflow("step")
+    wf.add(failing("a"))
+    wf.schedule()
+    run_burst()
+
+    assert not TaskModel.objects.get().retry_now()
+    assert "use the workflow's retry_failed()" in caplog.text
+
+
+def test_steps_are_added_while_it_runs():
+    def body():
+        run = current_task().workflow
+        assert run is not None
+        row = run.add(call("late"), depends_on=["grow"])
+        run.add(call("later"), depends_on=[row])
+        ran.append("grow")
+
+    tasks.BODIES["grow"] = body
+    wf = Workflow("grows")
+    wf.add(tasks.call.job.with_args("grow"), name="grow")
+    run = wf.schedule()
+    run.add(call("free"))
+
+    run_burst()
+
+    assert ran[0] == "grow"
+    assert set(ran[1:]) == {"free", "late", "later"}
+    assert ran.index("late") < ran.index("later")
+    assert ended(run) == ("completed", "")
+    with pytest.raises(WorkflowError, match="has ended"):
+        run.add(call("too late"))
+    with pytest.raises(WorkflowError, match="no step of workflow"):
+        run.add(call("x"), depends_on=["nobody"])
+
+
+def test_steps_stay_until_their_workflow_has_ended():
+    wf = Workflow("stays")
+    a = wf.add(call("a"))
+    wf.add(call("b"), depends_on=a)
+    wf.schedule()
+    complete(claim()[0])
+    done = TaskModel.objects.get(status="completed")
+
+    assert lifecycle.delete([done.pk], using="default") == 0
+    run_burst()
+    assert lifecycle.delete([done.pk], using="default") == 1
+
+
+def test_a_workflow_that_stands_still_is_let_go_on(caplog):
+    wf = Workflow("still")
+    a = wf.add(call("a"))
+    wf.add(call("b"), depends_on=a)
+    run = wf.schedule()
+    assert dependencies.sweep(using="default") == 0
+    claim()
+    TaskModel.objects.filter(status="running").update(status="completed")
+
+    assert dependencies.sweep(using="default") == 1
+    assert states(run) == {"a": "completed", "b": "created"}
+    assert "stood still" in caplog.text
+    run_burst()
+    assert ended(run) == ("completed", "")
+    assert dependencies.sweep(using="default") == 0
+
+
+def test_a_picture():
+    wf = Workflow("picture")
+    a = wf.add(call('say "a"'))
+    wf.add(call("b"), depends_on=a, when="failure")
+    run = wf.schedule()
+
+    first, second = WorkflowStep.objects.order_by("pk").values_list("pk", flat=True)
+    text = run.as_mermaid()
+
+    assert text.startswith("flowchart TD\n")
+    assert f's{first}["say #34;a#34;"]:::created' in text
+    assert f"s{first} -. failure .-> s{second}" in text
