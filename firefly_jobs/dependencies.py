@@ -76,6 +76,7 @@ class _Walk:
     def __init__(self, workflow: int, using: str) -> None:
         self._workflow = workflow
         self._using = using
+        self._can_skip_locked = databases.of(using).can_skip_locked
         # By rank and gate: how many have ended, and whether one did so otherwise than asked.
         self._pending: defaultdict[int, dict[int, tuple[int, bool]]] = defaultdict(dict)
         # Steps that count at the end of the workflow themselves.
@@ -217,11 +218,13 @@ class _Walk:
             rows = TaskModel.objects.using(self._using).filter(
                 pk__in=ids[start : start + _BATCH], status__in=_WAITING
             )
-            # Who is being claimed at this moment has started.
-            found = list(rows.order_by("pk").select_for_update().values_list("pk", "limit_key"))
+            # Whoever has locked a row at this moment claims it, or even ends it and waits for
+            # one of our gates: it has started.
+            locked = rows.order_by("pk").select_for_update(skip_locked=self._can_skip_locked)
+            found = list(locked.values_list("pk", "limit_key"))
             cancelled = [pk for pk, _ in found]
             if any(line is not None for _, line in found):
-                places = admission.places_of(rows)
+                places = admission.places_of(rows.filter(pk__in=cancelled))
                 _write_cancelled(cancelled, error, self._using)
                 admission.pass_on(places, using=self._using)
             else:
