@@ -87,6 +87,16 @@ BENCHMARKS = (
         },
     ),
     Benchmark(
+        name="workflow",
+        module="workflow",
+        help="steps that insert a row between a first and a last one, beside the same calls alone",
+        sizes={
+            "tasks": Size(default=1_002, help="steps, the first and the last among them"),
+            "processes": _PROCESSES,
+            "threads": Size(default=4, help="sync lanes of each process"),
+        },
+    ),
+    Benchmark(
         name="latency",
         module="latency",
         help="from the commit of a schedule to the start of the call, beside one SELECT 1",

@@ -21,7 +21,11 @@ TASKS = "firefly_jobs_taskmodel"
 LOOP_JOBS = "benchmarks_loopjob"
 EFFECTS = "benchmarks_inserted"
 CHAOS_EFFECTS = "benchmarks_chaoseffect"
-_ATTEMPTS = "firefly_jobs_taskattempt"
+# What refers to tasks.
+_REFERRING = [
+    f"firefly_jobs_{name}"
+    for name in ("taskattempt", "workflowedge", "workflowstep", "workflowgate", "workflowmodel")
+]
 
 # One row each millisecond, beginning a day ago or from now.
 _MOMENTS = {
@@ -112,11 +116,11 @@ def fill_loop(count: int) -> None:
 
 
 def empty(*tables: str) -> None:
-    """Empty tables, and the history of tasks with them."""
+    """Empty tables, and the history and the workflows of tasks with them."""
     with connection.cursor() as cursor:
         if connection.vendor == "mysql":
             cursor.execute("SET SESSION foreign_key_checks = 0")
-        for table in (_ATTEMPTS, *tables):
+        for table in (*_REFERRING, *tables):
             if connection.vendor == "sqlite":
                 cursor.execute(f"DELETE FROM {table}")
             else:

@@ -26,7 +26,7 @@ from django.db.models import Exists, F, OuterRef, QuerySet
 from . import admission, databases
 from .columns import revived_columns
 from .databases import ANY_QUEUE
-from .databases.functions import DatabaseNow, Isolation
+from .databases.functions import DatabaseNow
 from .graphs import END_RANK, When
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import Status, WorkflowStatus
@@ -76,7 +76,7 @@ class _Walk:
     def __init__(self, workflow: int, using: str) -> None:
         self._workflow = workflow
         self._using = using
-        self._can_skip_locked = databases.of(using).can_skip_locked
+        self._database, self._connection = databases.of(using), connections[using]
         # By rank and gate: how many have ended, and whether one did so otherwise than asked.
         self._pending: defaultdict[int, dict[int, tuple[int, bool]]] = defaultdict(dict)
         # Steps that count at the end of the workflow themselves.
@@ -117,12 +117,9 @@ class _Walk:
         """
         ids = list(statuses)
         for start in range(0, len(ids), _BATCH):
-            edges = WorkflowEdge.objects.using(self._using).filter(
-                step__in=ids[start : start + _BATCH]
-            )
-            found = edges.values_list("step", "gate", "gate__rank", "when", Isolation())
+            found = self._database.edges_behind(self._connection, ids[start : start + _BATCH])
             for step, gate, rank, when, isolation in found:
-                if first and isolation != "read-committed" and self._is_in_call():
+                if first and isolation != "read-committed" and self._connection.in_atomic_block:
                     self._pending.clear()
                     again = partial(_follow_after, list(first), using=self._using)
                     transaction.on_commit(again, self._using)
@@ -132,9 +129,6 @@ class _Walk:
                 if rank == END_RANK:
                     self._at_end.add(step)
         return True
-
-    def _is_in_call(self) -> bool:
-        return connections[self._using].in_atomic_block
 
     def _count(self, rank: int, gate: int, *, is_met: bool) -> None:
         count, is_unmet = self._pending[rank].get(gate, (0, False))
@@ -154,21 +148,16 @@ class _Walk:
 
     def _move(self, rank: int, counts: Mapping[int, tuple[int, bool]]) -> None:
         """Move the counters of one rank."""
-        gates = WorkflowGate.objects.using(self._using)
-        locked = gates.filter(pk__in=list(counts)).order_by("pk").select_for_update()
         opened: dict[int, bool] = {}
-        changes: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
-        found = locked.values_list("pk", "waiting_for", "is_unmet", "is_cut_short")
-        for gate, waiting_for, was_unmet, is_cut_short in found:
+        for gate, (count, is_unmet) in sorted(counts.items()):
+            found = self._database.count_off(self._connection, gate, count, is_unmet=is_unmet)
+            if found is None:
+                continue
+            waiting_for, was_unmet, is_cut_short = found
             if is_cut_short:
                 self._look_at_the_end_again()
-            count, is_unmet = counts[gate]
-            changes[counts[gate]].append(gate)
-            if waiting_for == count:
-                opened[gate] = was_unmet or is_unmet
-        for (count, is_unmet), ids in changes.items():
-            unmet = {"is_unmet": True} if is_unmet else {}
-            gates.filter(pk__in=ids).update(waiting_for=F("waiting_for") - count, **unmet)
+            if waiting_for == 0:
+                opened[gate] = was_unmet
         if opened and rank == END_RANK:
             self._end()
         elif opened:
@@ -220,7 +209,9 @@ class _Walk:
             )
             # Whoever has locked a row at this moment claims it, or even ends it and waits for
             # one of our gates: it has started.
-            locked = rows.order_by("pk").select_for_update(skip_locked=self._can_skip_locked)
+            locked = rows.order_by("pk").select_for_update(
+                skip_locked=self._database.can_skip_locked
+            )
             found = list(locked.values_list("pk", "limit_key"))
             cancelled = [pk for pk, _ in found]
             if any(line is not None for _, line in found):

@@ -22,13 +22,19 @@ from django.db.models.sql import Query
 from firefly_jobs.attempts import Claim
 from firefly_jobs.priorities import Band
 
-from .functions import SecondsFromNow
+from .functions import Isolation, SecondsFromNow
 from .notices import Channel, Notice, Subscription
 from .sessions import Session
 
 TABLE = "firefly_jobs_taskmodel"
 # Rows written by hand may have priorities that no option takes.
 ALL_BANDS: tuple[Band, ...] = ((-32_768, 32_766),)
+GATES = "firefly_jobs_workflowgate"
+EDGES = "firefly_jobs_workflowedge"
+COUNTED = "waiting_for, is_unmet, is_cut_short"
+COUNT_OFF = (
+    f"UPDATE {GATES} SET waiting_for = waiting_for - %s, is_unmet = (is_unmet OR %s) WHERE id = %s"  # noqa: S608 - only our own names are formatted in
+)
 CLAIM_COLUMNS = (
     "id, fence, func_name, queue, priority, run_at, params, "
     "retry_attempts, max_retries, retry_delay, retry, rescues, lost_alone, "
@@ -314,6 +320,47 @@ class Database:
     def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
         """Complete rows under their fences in one statement; return how many were held."""
         raise NotImplementedError
+
+    # --- workflows
+
+    def edges_behind(
+        self, connection: Any, steps: Sequence[int]
+    ) -> list[tuple[int, int, int, str, str]]:
+        """Return what the end of some steps counts at.
+
+        Returns:
+            ``(step, gate, rank of the gate, condition, isolation)`` for each edge; the last is
+            that of the open transaction, as ``Isolation`` tells it.
+        """
+        isolation, _ = Query(None).get_compiler(connection=connection).compile(Isolation())
+        when = connection.ops.quote_name("when")
+        with connection.cursor() as cursor:
+            cursor.execute(
+                f"SELECT e.step_id, e.gate_id, g.{self._rank(connection)}, e.{when}, {isolation} "  # noqa: S608 - only our own names are formatted in
+                f"FROM {EDGES} e JOIN {GATES} g ON g.id = e.gate_id "
+                f"WHERE e.step_id IN ({', '.join(['%s'] * len(steps))})",
+                list(steps),
+            )
+            found: list[tuple[int, int, int, str, str]] = cursor.fetchall()
+        return found
+
+    def _rank(self, connection: Any) -> str:
+        # A word of its own in MySQL since window functions.
+        return str(connection.ops.quote_name("rank"))
+
+    def count_off(
+        self, connection: Any, gate: int, count: int, *, is_unmet: bool
+    ) -> tuple[int, bool, bool] | None:
+        """Count ends off at a gate, which stays locked until the transaction ends.
+
+        Returns:
+            What it still waits for, whether it is unmet, and whether it is cut short; ``None``
+            if it is not there.
+        """
+        with connection.cursor() as cursor:
+            cursor.execute(f"{COUNT_OFF} RETURNING {COUNTED}", [count, is_unmet, gate])
+            row = cursor.fetchone()
+        return None if row is None else (int(row[0]), bool(row[1]), bool(row[2]))
 
     def write_transaction(self, connection: Any) -> AbstractContextManager[Any]:
         """Return ``atomic`` for a transaction that is going to write."""

@@ -13,7 +13,16 @@ from django.db import DatabaseError, IntegrityError
 from firefly_jobs.attempts import Claim
 from firefly_jobs.exceptions import ImplicitCommitError
 
-from .base import CANCEL_SECONDS, DISPATCHER_LOCK_SECONDS, TABLE, Completion, Database
+from .base import (
+    CANCEL_SECONDS,
+    COUNT_OFF,
+    COUNTED,
+    DISPATCHER_LOCK_SECONDS,
+    GATES,
+    TABLE,
+    Completion,
+    Database,
+)
 from .sessions import SAVEPOINT, Session
 
 logger = logging.getLogger("firefly_jobs")
@@ -298,6 +307,16 @@ class MySQL(Database):
         with connection.cursor() as cursor:
             cursor.execute(sql, [json.dumps(completions)])
             return int(cursor.rowcount)
+
+    def count_off(
+        self, connection: Any, gate: int, count: int, *, is_unmet: bool
+    ) -> tuple[int, bool, bool] | None:
+        """Update, which locks, and then read."""
+        with connection.cursor() as cursor:
+            cursor.execute(COUNT_OFF, [count, is_unmet, gate])
+            cursor.execute(f"SELECT {COUNTED} FROM {GATES} WHERE id = %s", [gate])  # noqa: S608 - only our own names are formatted in
+            row = cursor.fetchone()
+        return None if row is None else (int(row[0]), bool(row[1]), bool(row[2]))
 
     def prepare(self, connection: Any, consumer: int) -> None:
         """Mark the session as ours by a user lock of its own, so that a rescuer finds it.

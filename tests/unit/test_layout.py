@@ -292,7 +292,8 @@ def unfenced_statements(tree: ast.AST) -> list[str]:
             is_held = re.search(r"WHERE .*status( \|\| '')? = 'running' AND (t\.)?fence = ", text)
             is_claim = claims and re.search(r"status = 'running', fence = (t\.)?fence \+ 1", text)
             takes_the_lock_only = text.endswith("SET id = id WHERE id = -1")
-            if not (is_held or is_claim or takes_the_lock_only):
+            is_of_a_gate = "SET waiting_for = waiting_for - " in text
+            if not (is_held or is_claim or takes_the_lock_only or is_of_a_gate):
                 found.append(_at(node))
     return found
 

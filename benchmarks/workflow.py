@@ -1,0 +1,70 @@
+"""``workflow``: a step, very many that insert a row, and one behind all of them.
+
+Beside the same calls without a workflow; and how long the last one waits for its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from firefly_jobs import Workflow
+from firefly_jobs.models import TaskModel, WorkflowStep
+
+from . import consumers, drain_db, tables, tasks
+from .figures import Figure, Mark
+from .run import Run, medians
+
+RATIO = Mark(of="ratio", at_least=0.80)
+WAITS = {"postgresql": (Mark(below=200.0),)}
+
+
+def measure(run: Run) -> Iterator[Figure]:
+    """Drain a workflow, in turns with as many plain calls."""
+    processes, threads = run.processes(), run.size("threads")
+    waits: list[float] = []
+
+    def of_workflow() -> float:
+        found, milliseconds = _drained(run, processes, threads)
+        waits.append(milliseconds)
+        return found
+
+    yield run.figure(
+        case=f"1, {run.size('tasks') - 2:,} and 1 steps, {consumers.extent(processes, threads)}",
+        unit="tasks/s",
+        reference_name="ours without a workflow",
+        marks=(RATIO,),
+        **medians(
+            run.in_turns(of_workflow, lambda: drain_db.rate(run, processes, threads)),
+        ),
+    )
+    yield run.figure(
+        case="from the last parent's end to the start",
+        unit="ms",
+        marks=WAITS.get(run.kind, ()),
+        value=sorted(waits)[len(waits) // 2],
+        samples=waits,
+    )
+
+
+def _drained(run: Run, processes: int, threads: int) -> tuple[float, float]:
+    """Return the tasks per second, and the milliseconds that the last step waited."""
+    count = run.size("tasks")
+    tables.empty(tables.TASKS, tables.EFFECTS)
+    plan = Workflow("benchmark")
+    first = plan.add(tasks.insert.job.with_args(0), name="first")
+    middle = [
+        plan.add(tasks.insert.job.with_args(n), name=str(n), depends_on=first)
+        for n in range(1, count - 1)
+    ]
+    plan.add(tasks.insert.job.with_args(count), name="last", depends_on=middle)
+    plan.schedule()
+    tables.settle(tables.TASKS)
+    options = consumers.arguments(processes=processes, threads=threads)
+    consumers.drain(run.place.url, *options)
+    found = tables.rate(tables.TASKS, count)
+    tables.check_inserted(count)
+    last = WorkflowStep.objects.get(name="last").task
+    before = TaskModel.objects.exclude(pk=last.pk).latest("completed")
+    assert last.started is not None
+    assert before.completed is not None
+    return found, (last.started - before.completed).total_seconds() * 1000
