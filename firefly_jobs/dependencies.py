@@ -28,6 +28,7 @@ from .columns import revived_columns
 from .databases import ANY_QUEUE
 from .databases.functions import DatabaseNow
 from .graphs import END_RANK, When
+from .history import note_withdrawn
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import Status, WorkflowStatus
 from .wakeup import announce, announce_ended
@@ -212,9 +213,11 @@ class _Walk:
             locked = rows.order_by("pk").select_for_update(
                 skip_locked=self._database.can_skip_locked
             )
-            found = list(locked.values_list("pk", "limit_key"))
-            cancelled = [pk for pk, _ in found]
-            if any(line is not None for _, line in found):
+            found = list(locked.values_list("pk", "limit_key", "fence"))
+            cancelled = [pk for pk, _, _ in found]
+            if any(fence for _, _, fence in found):
+                note_withdrawn(rows.filter(pk__in=cancelled), error, using=self._using)
+            if any(line is not None for _, line, _ in found):
                 places = admission.places_of(rows.filter(pk__in=cancelled))
                 _write_cancelled(cancelled, error, self._using)
                 admission.pass_on(places, using=self._using)
