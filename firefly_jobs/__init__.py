@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TimeLimitExceeded,
         WaitInsideTransactionError,
     )
+    from .hooks import TaskHooks
     from .jobs import Job, aschedule_many, schedule_many
     from .limits import Concurrency, RateLimit
     from .models import ConsumerModel, TaskAttempt, TaskModel
@@ -66,6 +67,7 @@ _HOMES = {
         "TimeLimitExceeded",
         "WaitInsideTransactionError",
     ),
+    "hooks": ("TaskHooks",),
     "jobs": ("Job", "aschedule_many", "schedule_many"),
     "limits": ("Concurrency", "RateLimit"),
     "models": ("ConsumerModel", "TaskAttempt", "TaskModel"),
@@ -107,6 +109,7 @@ __all__ = [
     "TaskAttempt",
     "TaskCancelled",
     "TaskFailed",
+    "TaskHooks",
     "TaskModel",
     "TaskNotFoundError",
     "TaskReference",

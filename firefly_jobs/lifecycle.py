@@ -21,7 +21,7 @@ from typing import Any
 from django.db import DatabaseError, IntegrityError, connections, transaction
 from django.db.models import F, Q, QuerySet
 
-from . import admission, databases
+from . import admission, databases, messenger
 from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
 from .checkpoints import reach
 from .columns import columns_of, history_of, revived_columns
@@ -107,15 +107,19 @@ def release(claims: Collection[Claim], *, using: str) -> int:
 # --- settling
 
 
-def complete(completion: Completion, *, using: str) -> None:
-    """Complete a row inside the transaction that is open on this thread's connection.
+def complete(completion: Completion, *, using: str, also: Settlement | None = None) -> None:
+    """Complete a row, or write ``also``, inside the transaction that is open on this thread.
 
     Raises:
         LeaseLost: If the row is not held under this fence any more.
     """
     lines = _lines_of([completion], using)
     lines.lock()
-    if not databases.of(using).complete(connections[using], completion):
+    if not (
+        _write(also, using)
+        if also is not None
+        else databases.of(using).complete(connections[using], completion)
+    ):
         raise lease_lost(completion)
     lines.let_go()
     announce_ended(using, (completion.id,))
@@ -440,6 +444,7 @@ def cancel(ids: Sequence[int], *, using: str) -> int:
     rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=waiting)
     columns = {"error": "cancelled while it waited", "active_key": None, "limit_key": None}
     with databases.of(using).write_transaction(connections[using]):
+        messenger.cancelling(rows, using=using)
         cancelled = rows.filter(limit_key__isnull=True).update(status=Status.CANCELLED, **columns)
         if cancelled < len(ids):
             # The others stand in a line, or have started.
