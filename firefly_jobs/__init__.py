@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         WaitInsideTransactionError,
         WorkflowError,
     )
+    from .hooks import TaskHooks
     from .jobs import Job, aschedule_many, schedule_many
     from .limits import Concurrency, RateLimit
     from .models import ConsumerModel, TaskAttempt, TaskModel, WorkflowModel
@@ -69,6 +70,7 @@ _HOMES = {
         "WaitInsideTransactionError",
         "WorkflowError",
     ),
+    "hooks": ("TaskHooks",),
     "jobs": ("Job", "aschedule_many", "schedule_many"),
     "limits": ("Concurrency", "RateLimit"),
     "models": ("ConsumerModel", "TaskAttempt", "TaskModel", "WorkflowModel"),
@@ -111,6 +113,7 @@ __all__ = [
     "TaskAttempt",
     "TaskCancelled",
     "TaskFailed",
+    "TaskHooks",
     "TaskModel",
     "TaskNotFoundError",
     "TaskReference",

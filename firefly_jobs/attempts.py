@@ -9,7 +9,7 @@ losses can be read, and tested, without a database.
 from __future__ import annotations
 
 import traceback as traceback_module
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 from .exceptions import DELAY_SECONDS_MAX, Cancel, ConsumerLost, Expired, Retry, Snooze
 from .retries import Fixed, RetryStrategy, fraction
 from .states import Status
+from .words import HasWords, Words
 
 if TYPE_CHECKING:
     from .decorators import BaseTask
@@ -125,6 +126,8 @@ class Outcome:
         is_interrupted: Whether our own shutdown ended it.
         has_started: Whether the function was called at all.
         duration: Seconds from the start of the call to its end.
+        changes: Columns that the attempt itself has changed.
+        decided: What :func:`decide` has said, if it was asked already.
     """
 
     claim: Claim
@@ -134,6 +137,8 @@ class Outcome:
     is_lost: bool = False
     is_interrupted: bool = False
     has_started: bool = True
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    decided: Settlement | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +153,7 @@ class Settlement:
         has_started: Whether the call had started; if not, this was no attempt.
         is_notable: Whether it is worth keeping; a look at how far something is, is not.
         is_history: Whether it is kept as history.
+        changes: Columns that the attempt itself has changed.
     """
 
     claim: Claim
@@ -163,6 +169,7 @@ class Settlement:
     traceback: str = ""
     has_started: bool = True
     is_notable: bool = True
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_history(self) -> bool:  # noqa: D102 - see above
@@ -327,7 +334,12 @@ def _strategy_delay(claim: Claim, error: BaseException) -> float | None:
 
 def _settle(outcome: Outcome, ended: Ended, status: Status, **values: Any) -> Settlement:
     return Settlement(
-        claim=outcome.claim, ended=ended, status=status, duration=outcome.duration, **values
+        claim=outcome.claim,
+        ended=ended,
+        status=status,
+        duration=outcome.duration,
+        changes=outcome.changes,
+        **values,
     )
 
 
@@ -367,7 +379,7 @@ def _storable(text: str) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class TaskContext:
+class TaskContext(HasWords):
     """What a running call can ask about itself; see :func:`current_task`.
 
     Attributes:
@@ -381,6 +393,7 @@ class TaskContext:
     kwargs: dict[str, Any]
     database: str = "default"
     _cache: dict[Any, Any] | None = field(default=None, init=False)
+    _words: Words | None = field(default=None, init=False)
 
     @property
     def id(self) -> int:

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 
 from django.db import Error, connections
 
-from . import databases, leases
+from . import databases, leases, messenger
 from .attempts import Ended, Settlement, Verdict
 from .reporting import log_settled
 
@@ -111,6 +111,7 @@ class Burials(threading.Thread):
                     return freed
             else:
                 _log(consumer, settlements, verdict)
+                messenger.freed(settlements, using=self._using, consumer=consumer)
                 freed += settlements
                 if are_all:
                     return freed

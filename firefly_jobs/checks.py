@@ -6,8 +6,8 @@ there) is checked where Django checks databases: ``check --database default`` an
 ``migrate``.  No check raises, and none creates a database file.
 
 Ids are never used again for something else.  ``E001`` settings, ``E002`` and ``E007``
-aliases, ``E003`` time zones, ``E004`` to ``E006`` databases, ``E008`` imports; ``W001``
-and ``W002`` unpickling, ``W003`` tables, ``W004`` WAL, ``W005`` no answer.
+aliases, ``E003`` time zones, ``E004`` to ``E006`` databases, ``E008`` imports, ``E009``
+hooks; ``W001`` and ``W002`` unpickling, ``W003`` tables, ``W004`` WAL, ``W005`` no answer.
 
 To add one: take the next id, write a message and a hint, add a row to
 ``docs/reference/checks.md`` and a case to ``tests/integration/test_checks.py``.
@@ -29,6 +29,7 @@ from . import databases, registry
 from .autodiscovery import import_tasks
 from .conf import SETTING, get_settings, problems, suggestion
 from .databases import Problem
+from .hooks import load_shared
 from .models import TaskModel
 
 # As Django's own security.W009 has it.
@@ -108,6 +109,27 @@ def check_tasks(**_: Any) -> list[CheckMessage]:
             )
         else:
             found += _unsupported(alias, f"The task {name!r}", obj=task)
+    return found
+
+
+@register
+def check_hooks(**_: Any) -> list[CheckMessage]:
+    """Check that what ``HOOKS`` names are hooks for every task."""
+    if problems(getattr(django_settings, SETTING, {})):
+        return []
+    found: list[CheckMessage] = []
+    for name in get_settings().HOOKS:
+        try:
+            load_shared(name)
+        except Exception as error:  # noqa: BLE001 - importing runs the project's code; a check reports
+            found.append(
+                Error(
+                    f"{error}",
+                    hint="Name classes that derive from firefly_jobs.TaskHooks and need no "
+                    "arguments. Until then no consumer starts.",
+                    id="firefly_jobs.E009",
+                )
+            )
     return found
 
 

@@ -36,6 +36,7 @@ def columns_of(settlement: Settlement) -> dict[str, Any]:
     ):
         if growth:
             values[column] = F(column) + growth
+    values |= settlement.changes
     return values
 
 

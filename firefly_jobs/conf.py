@@ -49,6 +49,7 @@ class Settings:
     ASYNC_SLOTS: int = 100
     ASYNC_CONNECTIONS: int = 8
     IMPORTS: tuple[str, ...] = ()
+    HOOKS: tuple[str, ...] = ()
 
 
 def seconds(value: float | timedelta) -> float:
@@ -122,6 +123,13 @@ def _is_modules(value: Any) -> str | None:
     return "must be a list of module names"
 
 
+def _is_dotted_names(value: Any) -> str | None:
+    is_list = isinstance(value, list | tuple)
+    if is_list and all(isinstance(name, str) and "." in name for name in value):
+        return None
+    return "must be a list of dotted names of classes"
+
+
 _RULES: dict[str, Callable[[Any], str | None]] = {
     "DATABASE": _is_text,
     "DEFAULT_QUEUE": _is_queue,
@@ -142,6 +150,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "ASYNC_SLOTS": _is_count(1),
     "ASYNC_CONNECTIONS": _is_count(1),
     "IMPORTS": _is_modules,
+    "HOOKS": _is_dotted_names,
 }
 
 
@@ -177,8 +186,8 @@ def _load() -> Settings:
     for field in fields(Settings):
         if isinstance(values.get(field.name), timedelta):
             values[field.name] = values[field.name].total_seconds()
-    if "IMPORTS" in values:
-        values["IMPORTS"] = tuple(values["IMPORTS"])
+    for key in {"IMPORTS", "HOOKS"} & values.keys():
+        values[key] = tuple(values[key])
     return Settings(**values)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from django.db import Error
 
-from . import databases, registry
+from . import databases, messenger, registry
 from .alone import Alone
 from .attempts import Claim, Ended, Outcome, Settlement
 from .bell import Bell
@@ -28,6 +28,7 @@ from .databases import Completion
 from .draining import Drain
 from .heartbeat import Heartbeat, awake_seconds
 from .holdings import Holdings
+from .hooks import shared_hooks
 from .membership import KeptConnection, Membership
 from .napping import Nap
 from .pace import Durations
@@ -93,6 +94,8 @@ class Consumer:
         self._settings = settings = get_settings()
         self._using = using or settings.DATABASE
         self._database = databases.of(self._using)
+        # Now, since nothing could be done about a wrong one in the midst of a call.
+        shared_hooks()
         self._queues = queue_names(queues)
         self._burst = burst
         self._tasks_left = count("max_tasks", max_tasks, None)
@@ -158,6 +161,7 @@ class Consumer:
             ):
                 return 0
             self._heartbeat.start()
+            messenger.start()
             self._slots.start()
             self._nap.start()
             pause = 0.0
@@ -332,6 +336,9 @@ class Consumer:
         self._observe(claim, completion.duration)
         self._holdings.done(claim)
         log_completed(claim, completion.duration)
+        messenger.completed(
+            claim, completion.duration, using=self._using, consumer=self._membership.id
+        )
         self._after(claim)
 
     def dropped(self, claim: Claim) -> None:
@@ -460,6 +467,7 @@ class Consumer:
         logger.info(
             "Consumer %s stops", self._membership.id, extra={"consumer": self._membership.id}
         )
+        deadline = monotonic() + self._shutdown_timeout
         if self._alone.waiting:
             self._connection.insist(self._give_back_alone)
         waiting = self._holdings.take_waiting()
@@ -481,4 +489,5 @@ class Consumer:
         drain.leave()
         # Others are to hear what was given back.
         flush()
+        messenger.stop(max(deadline - monotonic(), INTERRUPT_SECONDS))
         self._connection.close()

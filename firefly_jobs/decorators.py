@@ -23,6 +23,7 @@ from .exceptions import (
     SyncFuncNotSupportedException,
     TaskDefinitionError,
 )
+from .hooks import TaskHooks, refuse_async
 from .jobs import Job
 from .limits import Concurrency, RateLimit, answer_of, key_of
 from .models import TaskModel
@@ -38,6 +39,7 @@ R = TypeVar("R")
 
 # Raises if a call's arguments are wrong; gets those that it names.
 Validate = Callable[..., Any]
+Hooks = TaskHooks | type[TaskHooks]
 RetryOn = tuple[type[BaseException] | str, ...] | type[BaseException]
 
 
@@ -67,6 +69,8 @@ class BaseTask(Generic[P, R]):
         self.signature = CallSignature(func, name=self.name, takes_context=options.takes_context)
         self.signature.check_defaults(options.kwargs)
         self.check_options(options)
+        if not self.is_async:
+            refuse_async(options.hooks, task=self.name)
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function itself, here and now."""
@@ -242,6 +246,7 @@ class TaskWords(TypedDict, total=False):
     name: str | None
     aliases: tuple[str, ...] | list[str]
     takes_context: bool
+    hooks: Hooks | Iterable[Hooks]
     serializer: str | None
     retry: RetryStrategy | None
     retry_on: RetryOn
@@ -280,6 +285,7 @@ def task(func: Any = None, /, **options: Any) -> Any:
             transaction, at-least-once), ``group_commit`` (short calls share a transaction and
             its COMMIT), ``database`` (alias of rows and effects), ``name``,
             ``aliases`` (former names), ``takes_context`` (pass the context as first argument),
+            ``hooks`` (what happens around attempts: ``TaskHooks``, or a list),
             ``serializer`` (``"pickle"`` or ``"json"``), ``kwargs`` (defaults for keyword
             arguments), ``check_types`` (compare arguments with simple annotations),
             ``expires`` (seconds, ``timedelta`` or moment: not started by then is cancelled),

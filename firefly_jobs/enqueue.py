@@ -19,7 +19,7 @@ from django.conf import settings as django_settings
 from django.db import connections, transaction
 from django.db.models.expressions import DatabaseDefault
 
-from . import databases, serializers, unique
+from . import databases, messenger, serializers, unique
 from .conf import get_settings, seconds, suggestion
 from .databases import EXTRA_COLUMNS, INSERT_COLUMNS, STATEMENT_BYTES_MAX, STEP_COLUMNS
 from .databases.functions import SecondsFromNow
@@ -224,6 +224,7 @@ def _write(connection: Any, rows: list[TaskModel]) -> None:
         ids += insert(connection, portion, columns=columns)
     for row, pk in zip(rows, ids, strict=True):
         _settle_in(row, pk, connection)
+    messenger.scheduled(rows, using=connection.alias)
 
 
 def _write_unless_taken(connection: Any, rows: list[TaskModel]) -> list[bool]:
@@ -236,6 +237,8 @@ def _write_unless_taken(connection: Any, rows: list[TaskModel]) -> list[bool]:
     for row, pk in zip(rows, ids, strict=True):
         if pk is not None:
             _settle_in(row, pk, connection)
+    written = [row for row, pk in zip(rows, ids, strict=True) if pk is not None]
+    messenger.scheduled(written, using=connection.alias)
     return [pk is not None for pk in ids]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from . import admission, dependencies, fencing, leases
+from . import admission, dependencies, fencing, leases, messenger
 from .attempts import Claim, Ended
 from .membership import KeptConnection
 from .models import ConsumerModel
@@ -153,6 +153,7 @@ class Heartbeat(threading.Thread):
                 logger.warning(
                     "Rescued task %s, whose consumer was gone", claim.id, extra=log_fields(claim)
                 )
+                messenger.rescued(claim, using=self._using, consumer=None)
         self._orphans = orphans
 
     def _rescue(self, suspect: ConsumerModel) -> None:
@@ -169,3 +170,4 @@ class Heartbeat(threading.Thread):
         for settlement in settlements:
             if settlement.ended is Ended.FAILED:
                 log_settled(settlement)
+        messenger.freed(settlements, using=self._using, consumer=suspect.pk)

@@ -22,7 +22,7 @@ from typing import Any
 from django.db import IntegrityError, connections, transaction
 from django.db.models import QuerySet
 
-from . import admission, databases, dependencies, fencing
+from . import admission, databases, dependencies, fencing, messenger
 from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
 from .checkpoints import reach
 from .columns import columns_of, history_of, revived_columns
@@ -110,15 +110,19 @@ def release(claims: Collection[Claim], *, using: str) -> int:
 # --- settling
 
 
-def complete(completion: Completion, *, using: str) -> None:
-    """Complete a row inside the transaction that is open on this thread's connection.
+def complete(completion: Completion, *, using: str, also: Settlement | None = None) -> None:
+    """Complete a row, or write ``also``, inside the transaction that is open on this thread.
 
     Raises:
         LeaseLost: If the row is not held under this fence any more.
     """
     lines = _lines_of([completion], using)
     lines.lock()
-    if not databases.of(using).complete(connections[using], completion):
+    if not (
+        _write(also, using)
+        if also is not None
+        else databases.of(using).complete(connections[using], completion)
+    ):
         raise lease_lost(completion)
     lines.let_go()
     _follow_completed([completion], using)
@@ -353,6 +357,7 @@ def cancel(ids: Sequence[int], *, using: str) -> int:
         by_step = dependencies.cancel_steps(steps, reason, using=using) if steps else 0
         rows = found.filter(workflow__isnull=True)
         note_withdrawn(rows, reason, using=using)
+        messenger.cancelling(rows, using=using)
         cancelled = rows.filter(limit_key__isnull=True).update(status=Status.CANCELLED, **columns)
         if cancelled < len(ids) - len(steps):
             # The others stand in a line, or have started.

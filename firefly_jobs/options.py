@@ -27,6 +27,7 @@ from .conf import (
     seconds,
     suggestion,
 )
+from .hooks import TaskHooks, as_hooks
 from .limits import Concurrency, RateLimit, as_concurrency, as_rate_limit
 from .priorities import as_number
 from .resources import Limit, fold
@@ -48,7 +49,7 @@ ETA_MIN = datetime(1000, 1, 2, tzinfo=UTC)
 ETA_MAX = datetime(9999, 12, 30, tzinfo=UTC)
 
 # What belongs to the function and not to one call of it: refused by using().
-FIXED = frozenset({"name", "aliases", "atomic", "takes_context", "group_commit"})
+FIXED = frozenset({"name", "aliases", "atomic", "takes_context", "group_commit", "hooks"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,7 @@ class TaskOptions:
     group_commit: bool | None = None
     database: str | None = None
     takes_context: bool = False
+    hooks: tuple[TaskHooks, ...] = ()
     serializer: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     check_types: bool = False
@@ -98,6 +100,7 @@ class TaskOptions:
         self._fold_limits()
         self._set("concurrency", as_concurrency(self.concurrency))
         self._set("rate_limit", as_rate_limit(self.rate_limit))
+        self._set("hooks", as_hooks(self.hooks))
         check_expires(self.expires)
         _require("kwargs", self.kwargs, (Mapping,), "a dictionary of arguments")
         self._set("kwargs", dict(self.kwargs))
@@ -150,8 +153,8 @@ class TaskOptions:
         self._set("retry_on", exception_names(self.retry_on))
 
     def _check_words_for_people(self) -> None:
-        _check_text("label", self.label, LABEL_LENGTH_MAX)
-        _check_text("description", self.description, DESCRIPTION_LENGTH_MAX)
+        check_text("label", self.label, LABEL_LENGTH_MAX)
+        check_text("description", self.description, DESCRIPTION_LENGTH_MAX)
         tags: Any = self.tags
         if isinstance(tags, str) or not isinstance(tags, Iterable):
             message = f"tags must be a list of words, got {tags!r}."
@@ -159,11 +162,11 @@ class TaskOptions:
         # In order, and each once.
         self._set("tags", tuple(dict.fromkeys(tags)))
         for tag in self.tags:
-            _check_text("A tag", tag, TAG_LENGTH_MAX, least=1)
+            check_text("A tag", tag, TAG_LENGTH_MAX, least=1)
         if len(self.tags) > TAGS_MAX:
             message = f"A task can have {TAGS_MAX} tags at most, got {len(self.tags)}."
             raise ValueError(message)
-        self._set("metadata", _plain_metadata(self.metadata))
+        self._set("metadata", plain_metadata(self.metadata))
 
     def _check_key(self) -> None:
         if callable(self.unique_key):
@@ -344,7 +347,7 @@ def check_key(key: Any, *, word: str = "unique_key") -> str:
             f"that hashes what is long: hashlib.sha256(text.encode()).hexdigest()."
         )
         raise ValueError(message)
-    _check_text(word, key, KEY_LENGTH_MAX, least=1)
+    check_text(word, key, KEY_LENGTH_MAX, least=1)
     if key != key.strip():
         # Compared without regard to trailing spaces by some collations.
         message = f"{word} must not begin or end with white space."
@@ -352,7 +355,8 @@ def check_key(key: Any, *, word: str = "unique_key") -> str:
     return key
 
 
-def _check_text(word: str, text: Any, longest: int, *, least: int = 0) -> None:
+def check_text(word: str, text: Any, longest: int, *, least: int = 0) -> None:
+    """Raise unless ``text`` is text of that length that every database stores."""
     _require(word, text, (str,), "text")
     if not least <= len(text) <= longest:
         message = f"{word} must have {least} to {longest:,} characters, got {len(text):,}."
@@ -370,7 +374,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _plain_metadata(metadata: Any) -> dict[str, Any]:
+def plain_metadata(metadata: Any) -> dict[str, Any]:
     """Return a copy of ``metadata`` as JSON gives it back."""
     _require("metadata", metadata, (Mapping,), "a dictionary")
     if not metadata:

@@ -18,7 +18,7 @@ from time import monotonic
 
 from django.db import DataError, Error, IntegrityError
 
-from . import databases, fencing, lifecycle
+from . import databases, fencing, lifecycle, messenger
 from .attempts import Claim, Outcome, Settlement, decide
 from .conf import get_settings
 from .databases import STATEMENT_BYTES_MAX, Completion
@@ -165,10 +165,14 @@ class Settler:
 
     def _settle_batch(self, batch: list[Outcome], consumer: int) -> None:
         self._unsettled = {outcome.claim.key for outcome in batch}
-        returned = [outcome for outcome in batch if outcome.error is None]
+        plain = [outcome for outcome in batch if not outcome.changes]
+        returned = [outcome for outcome in plain if outcome.error is None]
         if returned:
             self._complete(returned, consumer)
-        others = [outcome for outcome in batch if outcome.error is not None]
+        for outcome in batch:
+            if outcome.changes:
+                self._settle(outcome, consumer)
+        others = [outcome for outcome in plain if outcome.error is not None]
         if len(others) > 1:
             self._settle_together(others, consumer)
         elif others:
@@ -178,7 +182,7 @@ class Settler:
     def _settle_together(self, outcomes: list[Outcome], consumer: int) -> None:
         """Write what is no plain success: a COMMIT for each would take long after a shutdown."""
         max_rescues = get_settings().MAX_RESCUES
-        settlements = [decide(outcome, max_rescues=max_rescues) for outcome in outcomes]
+        settlements = [o.decided or decide(o, max_rescues=max_rescues) for o in outcomes]
         try:
             held = lifecycle.settle_many(settlements, using=self._using, consumer=consumer)
         except Exception as error:
@@ -190,7 +194,7 @@ class Settler:
         are_held = {settlement.claim.key for settlement in held}
         for settlement in settlements:
             if settlement.claim.key in are_held:
-                self._done(settlement.claim, settlement)
+                self._done(settlement, consumer)
             else:
                 self._lost(settlement.claim, fencing.lease_lost(settlement.claim))
 
@@ -212,11 +216,15 @@ class Settler:
             else:
                 self._unsettled.discard(outcome.claim.key)
                 log_completed(outcome.claim, outcome.duration)
+                messenger.completed(
+                    outcome.claim, outcome.duration, using=self._using, consumer=consumer
+                )
                 self._on_settled(outcome.claim, None)
 
     def _settle(self, outcome: Outcome, consumer: int) -> None:
         claim = outcome.claim
-        settlement = decide(outcome, max_rescues=get_settings().MAX_RESCUES)
+        max_rescues = get_settings().MAX_RESCUES
+        settlement = outcome.decided or decide(outcome, max_rescues=max_rescues)
         try:
             lifecycle.settle(settlement, using=self._using, consumer=consumer)
         except LeaseLost as event:
@@ -227,7 +235,8 @@ class Settler:
                 raise
             # What cannot be stored must not keep everything behind it from being settled.
             logger.exception("Settling task %s failed; storing the kind of error only", claim.id)
-            settlement = decide(replace(outcome, error=error), max_rescues=0)
+            broken = replace(outcome, error=error, changes={}, decided=None)
+            settlement = decide(broken, max_rescues=0)
             text = f"{type(error).__name__} while its outcome was stored"
             settlement = replace(settlement, error=text, traceback="")
             try:
@@ -235,7 +244,7 @@ class Settler:
             except LeaseLost as event:
                 self._lost(claim, event)
                 return
-        self._done(outcome.claim, settlement)
+        self._done(settlement, consumer)
 
     def _may_pass(self, error: Exception) -> bool:
         """Whether the same outcome may be stored later: nothing is wrong with itself."""
@@ -255,7 +264,8 @@ class Settler:
         self._unsettled.discard(claim.key)
         self._on_settled(claim, None)
 
-    def _done(self, claim: Claim, settlement: Settlement) -> None:
-        self._unsettled.discard(claim.key)
+    def _done(self, settlement: Settlement, consumer: int) -> None:
+        self._unsettled.discard(settlement.claim.key)
         log_settled(settlement)
-        self._on_settled(claim, settlement)
+        messenger.settled(settlement, using=self._using, consumer=consumer)
+        self._on_settled(settlement.claim, settlement)

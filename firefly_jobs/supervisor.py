@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 from time import monotonic
 from typing import Any
 
+from . import messenger
 from .attempts import Ended, Settlement
 from .burials import Burials, Death
 from .children import Child
@@ -261,6 +262,7 @@ class Supervisor:
 
     @contextmanager
     def _helpers(self) -> Iterator[None]:
+        messenger.start()
         self._burials.start()
         try:
             yield
@@ -269,6 +271,7 @@ class Supervisor:
             for child in self._children():
                 child.close()
             self._burials.stop(timeout_seconds=BURIAL_SECONDS)
+            messenger.stop(BURIAL_SECONDS)
             self._alarm.close()
             self._bell.close()
 

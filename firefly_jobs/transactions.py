@@ -56,7 +56,10 @@ class CallTransaction:
         self._is_ready = False
         self._has_effects = self._has_savepoint = False
         self._is_torn = False
-        self._callbacks_before = 0
+        # A savepoint is due before a hook's first statement; it has been set.
+        self._hook_waits = self._has_hook_mark = False
+        self._is_hooked = False
+        self._callbacks_before = self._hook_callbacks_before = 0
         self._use_connection()
         # This thread's own, remembered because asking Django for them costs each call 3 us.
         self._others: list[Any] = []
@@ -100,7 +103,8 @@ class CallTransaction:
             self._session.begin()
         self._seen = self._seen_elsewhere = self._is_ready = False
         self._has_effects = self._has_savepoint = False
-        self._callbacks_before = 0
+        self._callbacks_before = self._hook_callbacks_before = 0
+        self._is_hooked = self._hook_waits = self._has_hook_mark = False
         self._is_call = atomic
 
     @property
@@ -205,6 +209,65 @@ class CallTransaction:
             self.abandon()
             self._is_lost = not self._is_torn
             return self._is_torn
+        return True
+
+    # --- hooks: what one did can be undone without the rest
+
+    def begin_hook(self) -> None:
+        """Get ready for a hook; nothing is sent before its first statement."""
+        self._is_hooked = self._hook_waits = True
+        self._has_hook_mark = False
+        self._hook_callbacks_before = len(self._connection.run_on_commit)
+
+    def end_hook(self) -> None:
+        """Keep what the hook did.
+
+        Raises:
+            TransactionDoomedError: If it left the transaction marked for rollback.
+            Error: If the database did: by an error that the hook has caught.
+        """
+        # Where no savepoint was needed, there is none whose release would tell.
+        is_gone = not self._has_hook_mark and self._seen and self._session.is_gone()
+        if self._connection.needs_rollback or is_gone:
+            message = (
+                "The hook returned, but its transaction was marked for rollback: by "
+                "set_rollback(True), or by a database error that was caught outside of an inner "
+                "atomic(). Catch database errors around 'with transaction.atomic():'."
+            )
+            raise TransactionDoomedError(message)
+        self._is_hooked = self._hook_waits = False
+        if self._has_hook_mark:
+            self._session.release_hook()
+            self._has_hook_mark = False
+
+    def undo_hook(self) -> bool:
+        """Undo what the hook did; return whether what the call did is still there."""
+        connection = self._connection
+        has_mark, was_hooked = self._has_hook_mark, self._is_hooked
+        self._is_hooked = self._has_hook_mark = self._hook_waits = False
+        if connection.closed_in_transaction or connection.savepoint_ids:
+            return False
+        try:
+            if has_mark:
+                self._session.undo_hook()
+            elif not was_hooked and self.is_touched and not self._start_over():
+                # It began together with the transaction, which has nothing else in it.
+                return False
+        except Error:
+            return False
+        connection.needs_rollback = False
+        connection.run_on_commit = connection.run_on_commit[: self._hook_callbacks_before]
+        return True
+
+    def _start_over(self) -> bool:
+        """Undo all that was done here, and go on with the call; return whether that worked."""
+        callbacks, before = self._connection.run_on_commit, self._callbacks_before
+        was_elsewhere, hooked_at = self._seen_elsewhere, self._hook_callbacks_before
+        if not self.rollback():
+            return False
+        self.begin(atomic=True)
+        self._connection.run_on_commit, self._callbacks_before = callbacks, before
+        self._seen_elsewhere, self._hook_callbacks_before = was_elsewhere, hooked_at
         return True
 
     # --- several calls in one transaction
@@ -352,6 +415,10 @@ class CallTransaction:
             if not self._is_ready:
                 self._session.before_statement()
                 self._is_ready = True
+            if self._hook_waits:
+                self._hook_waits = False
+                self._has_hook_mark = self._session.mark_hook()
+                self._is_hooked = self._has_hook_mark
             if isinstance(sql, str):
                 self._session.observe(sql)
         return execute(sql, params, many, context)

@@ -98,6 +98,10 @@ class PostgreSQLSession(Session):
             if result.status != ExecStatus.COMMAND_OK:
                 raise error_from_result(result)
 
+    def mark_hook(self) -> bool:
+        """Set no savepoint before the BEGIN, which the driver sends with a statement."""
+        return self._status() != _IDLE and super().mark_hook()
+
     def probe(self) -> None:
         """Begin first, as the driver would with the statement that is about to be sent."""
         self._begin()

@@ -16,6 +16,7 @@ from django.db import DatabaseError
 from firefly_jobs.exceptions import ImplicitCommitError, LeavesGroup
 
 SAVEPOINT = "SAVEPOINT firefly_member"
+HOOK_SAVEPOINT = "SAVEPOINT firefly_hook"
 _PROBE = "SAVEPOINT firefly_probe"
 
 # Looked at before every statement of a call: a search through a long text costs more than
@@ -44,6 +45,7 @@ class Session:
     _is_call = False
     _is_shared = False
     _is_probed = False
+    _was_probed = False
     _ended = False
     _watched: Any = None
     # Whether the call was kept from ending a transaction that it shares.
@@ -152,6 +154,23 @@ class Session:
         """Undo what was done since :meth:`savepoint`, which stays set."""
         self._send(f"ROLLBACK TO {SAVEPOINT}")
         self._ended = self._is_probed = False
+
+    def mark_hook(self) -> bool:
+        """Mark where the statements of a hook begin; return whether anything was before."""
+        self._was_probed = self._is_probed
+        self._send(HOOK_SAVEPOINT)
+        return True
+
+    def release_hook(self) -> None:
+        """Keep what was done since :meth:`mark_hook`; fails if the transaction is no more."""
+        self._send(f"RELEASE {HOOK_SAVEPOINT}")
+        # The probe of a hook ends with its savepoint, which would not be there either.
+        self._is_probed = self._was_probed
+
+    def undo_hook(self) -> None:
+        """Undo what was done since :meth:`mark_hook`."""
+        self._send(f"ROLLBACK TO {HOOK_SAVEPOINT}")
+        self.release_hook()
 
     def probe(self) -> None:
         """Get ready to notice whether what is sent next ends the transaction.

@@ -6,13 +6,12 @@ import logging
 import os
 import sys
 import traceback
-from contextvars import copy_context
 from time import monotonic, perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from firefly_jobs import serializers, step_results
-from firefly_jobs.attempts import Claim, Outcome, TaskContext, enter_context
+from firefly_jobs.attempts import Claim, Outcome, enter_context
 from firefly_jobs.checkpoints import reach
 from firefly_jobs.databases import Completion
 from firefly_jobs.exceptions import (
@@ -25,10 +24,13 @@ from firefly_jobs.exceptions import (
     StopRequested,
 )
 from firefly_jobs.reporting import log_fields
+from firefly_jobs.transactions import CallTransaction
+
+from . import hooking
+from .hooking import Run
 
 if TYPE_CHECKING:
     from firefly_jobs.databases import Database
-    from firefly_jobs.decorators import BaseTask
 
 logger = logging.getLogger("firefly_jobs")
 
@@ -87,8 +89,8 @@ def _end_child(error: BaseException | None) -> NoReturn:
     os._exit(code)
 
 
-def call(task: BaseTask[Any, Any], claim: Claim, *, using: str) -> str:
-    """Call a sync task and return its result as it is stored.
+def call(run: Run, transaction: CallTransaction) -> str:
+    """Call a sync task, with its hooks, and return its result as it is stored.
 
     It runs in a copy of the context, so that what it sets (an active language, a time
     zone, any context variable) is not there for the next call.
@@ -97,19 +99,24 @@ def call(task: BaseTask[Any, Any], claim: Claim, *, using: str) -> str:
         BaseException: Whatever the function raised; or what unpacking, packing did.
     """
     with OwnProcess():
-        return copy_context().run(_call, task, claim, using)
+        return run.variables.run(_call, run, transaction)
 
 
-def _call(task: BaseTask[Any, Any], claim: Claim, using: str) -> str:
+def _call(run: Run, transaction: CallTransaction) -> str:
     reach("executing")
-    args, kwargs = load_arguments(claim, using)
-    context = TaskContext(task, claim, args, kwargs, using)
+    context, task = run.context, run.context.task
     enter_context(context)
+    args, kwargs = context.args, context.kwargs = load_arguments(run.claim, context.database)
+    if run.hooks:
+        hooking.before_sync(run, transaction)
     if task.options.takes_context:
         value = task.func(context, *args, **kwargs)
     else:
         value = task.func(*args, **kwargs)
-    return store_returned(claim, value)
+    returned = store_returned(run.claim, value)
+    if run.hooks:
+        hooking.returned_sync(run, value, transaction)
+    return returned
 
 
 def store_returned(claim: Claim, value: Any) -> str:

@@ -9,22 +9,22 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from time import perf_counter
-from typing import Any
 
 from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 
-from firefly_jobs import registry
-from firefly_jobs.attempts import Claim, Outcome, TaskContext, enter_context
+from firefly_jobs import messenger, registry
+from firefly_jobs.attempts import Claim, Outcome, enter_context
 from firefly_jobs.checkpoints import reach
 from firefly_jobs.conf import get_settings
 from firefly_jobs.exceptions import StopRequested
 from firefly_jobs.holdings import LEASE_POLL_SECONDS
 from firefly_jobs.transactions import CallTransaction
 
-from . import calls
+from . import calls, hooking
 from .allowances import Allowance, Allowances
 from .ending import Ending
+from .hooking import Run
 from .lanes import LaneBinding, LanePool
 from .work import NO_CONNECTION_SECONDS, Work
 
@@ -157,7 +157,9 @@ class CoroutineLoop(threading.Thread):
                 await asyncio.sleep(LEASE_POLL_SECONDS)
         except asyncio.CancelledError as error:
             reason = StopRequested() if claim in self._interrupted else error
-            self._ending.raised(claim, reason, perf_counter(), None)
+            outcome = self._ending.raised(claim, reason, perf_counter(), None)
+            if outcome is not None:
+                self._work.ended(outcome, is_urgent=False)
             return
         if owner == self._work.owner():
             await self._execute(claim)
@@ -168,22 +170,19 @@ class CoroutineLoop(threading.Thread):
     async def _execute(self, claim: Claim) -> None:
         """Call the coroutine function, in a transaction of its own once it queries."""
         started = perf_counter()
+        run: Run | None = None
         binding: LaneBinding | None = None
         allowance: Allowance | None = None
         try:
             calls.refuse_if_expired(claim)
             task = registry.find(claim.func_name)
-            binding = LaneBinding(
-                self._pool,
-                holder=f"task {claim.id} ({claim.func_name})",
-                atomic=task.options.atomic,
-                timeout_seconds=self._settings.LANE_TIMEOUT,
-                is_bounded=claim.is_bounded,
-            )
+            messenger.started(claim, using=self._using, owner=self._work.owner)
+            run = this_run = Run(task, claim, using=self._using)
+            binding = self._bind(claim, atomic=task.options.atomic)
             if claim.is_bounded:
                 allowance = self._hold(claim, binding)
             async with ThreadSensitiveContext(executor=binding):
-                returned = await self._call(task, claim)
+                returned = await self._call(run, binding)
             self._bounded.discard(claim)
             binding.refuse_if_unserved()
             reach("called")
@@ -194,7 +193,7 @@ class CoroutineLoop(threading.Thread):
                 await self._give_back(claim, error, binding)
                 return
             is_usable = binding is None or not binding.timed_out
-            await _end(
+            outcome = await _end(
                 binding,
                 allowance,
                 lambda transaction: self._ending.raised(
@@ -202,18 +201,56 @@ class CoroutineLoop(threading.Thread):
                 ),
             )
         else:
-            await _end(
+            outcome = await _end(
                 binding,
                 allowance,
-                lambda transaction: self._ending.returned(
-                    claim, returned, started, transaction, atomic=task.options.atomic
-                ),
+                lambda transaction: self._ending.returned(this_run, returned, started, transaction),
             )
         finally:
             if allowance is not None:
                 allowance.end()
             if binding is not None:
                 binding.close()
+        if outcome is not None:
+            await self._report(run, outcome)
+
+    def _bind(self, claim: Claim, *, atomic: bool) -> LaneBinding:
+        return LaneBinding(
+            self._pool,
+            holder=f"task {claim.id} ({claim.func_name})",
+            atomic=atomic,
+            timeout_seconds=self._settings.LANE_TIMEOUT,
+            is_bounded=claim.is_bounded,
+        )
+
+    async def _report(self, run: Run | None, outcome: Outcome) -> None:
+        """Report an attempt that did not succeed, once its hooks have heard of it."""
+        if run is not None:
+            if run.hooks:
+                outcome = hooking.decided(outcome)
+                await self._finish(run, outcome)
+            outcome = hooking.with_later_changes(run, outcome)
+        self._work.ended(outcome, is_urgent=False)
+
+    async def _finish(self, run: Run, outcome: Outcome) -> None:
+        """Await the hooks in autocommit mode: what they write stays, whatever comes."""
+        claim = run.claim
+        binding = self._bind(claim, atomic=False)
+        allowance: Allowance | None = None
+        try:
+            if claim.is_bounded:
+                # A cancellation that was meant for the call comes before, and to nothing.
+                await asyncio.sleep(0)
+                allowance = self._hold(claim, binding)
+            async with ThreadSensitiveContext(executor=binding):
+                await hooking.finish_async(run, outcome, binding=binding)
+        except BaseException as error:  # noqa: BLE001 - a limit, or our own shutdown; all is decided
+            hooking.log_stopped(run, error)
+        finally:
+            self._bounded.discard(claim)
+            if allowance is not None:
+                allowance.end()
+            binding.close()
 
     async def _give_back(self, claim: Claim, error: BaseException, binding: LaneBinding) -> None:
         """Give a claim back for which there was no connection: it is not to blame."""
@@ -224,41 +261,47 @@ class CoroutineLoop(threading.Thread):
                 await asyncio.sleep(NO_CONNECTION_SECONDS)
         self._work.ended(calls.not_started(claim, error), is_urgent=False)
 
-    async def _call(self, task: Any, claim: Claim) -> str:
+    async def _call(self, run: Run, binding: LaneBinding) -> str:
         reach("executing")
+        context, claim, task = run.context, run.claim, run.context.task
+        enter_context(context)
         try:
             args, kwargs = calls.load_arguments(claim, self._using)
         except SynchronousOnlyOperation:
             # Model instances among the arguments: loading them is a query, and belongs
             # to the call's transaction.
             args, kwargs = await sync_to_async(calls.load_arguments)(claim, self._using)
-        context = TaskContext(task, claim, args, kwargs, self._using)
-        enter_context(context)
+        context.args, context.kwargs = args, kwargs
         with calls.OwnProcess():
+            if run.hooks:
+                await hooking.before_async(run, binding=binding)
             if task.options.takes_context:
                 value = await task.func(context, *args, **kwargs)
             else:
                 value = await task.func(*args, **kwargs)
-        try:
-            return calls.store_returned(claim, value)
-        except SynchronousOnlyOperation:
-            return await sync_to_async(calls.store_returned)(claim, value)
+            try:
+                returned = calls.store_returned(claim, value)
+            except SynchronousOnlyOperation:
+                returned = await sync_to_async(calls.store_returned)(claim, value)
+            if run.hooks:
+                await hooking.returned_async(run, value, binding=binding)
+        return returned
 
 
 async def _end(
     binding: LaneBinding | None,
     allowance: Allowance | None,
-    finish: Callable[[CallTransaction | None], None],
-) -> None:
+    finish: Callable[[CallTransaction | None], Outcome | None],
+) -> Outcome | None:
     """End the call where its transaction is; without one, here."""
 
-    def end(transaction: CallTransaction | None) -> None:
+    def end(transaction: CallTransaction | None) -> Outcome | None:
         # What the call has left running on the lane was watched until now.
         if allowance is not None:
             allowance.end()
-        finish(transaction)
+        return finish(transaction)
 
     if binding is None or binding.lane is None:
-        end(None)
-    else:
-        await binding.on_lane(end)
+        return end(None)
+    outcome: Outcome | None = await binding.on_lane(end)
+    return outcome

@@ -15,6 +15,7 @@ from firefly_jobs.reporting import log_lease_lost
 from firefly_jobs.transactions import CallTransaction
 
 from . import calls
+from .hooking import Run, changed_settlement
 from .uncertain import UncertainCommit
 from .work import Work
 
@@ -35,38 +36,47 @@ class Ending:
 
     def returned(
         self,
-        claim: Claim,
+        run: Run,
         returned: str,
         started: float,
         transaction: CallTransaction | None,
-        *,
-        atomic: bool,
-    ) -> None:
+    ) -> Outcome | None:
         """Settle and commit what the call did; without effects, leave it to the settler.
 
         Args:
-            claim: What was executed.
+            run: What was executed.
             returned: Its result as it is stored.
             started: ``perf_counter()`` at its start.
             transaction: The call's, or ``None`` if it has never queried.
-            atomic: Whether the call ran in that transaction.
+
+        Returns:
+            What is to be reported, if that failed.
         """
+        claim, atomic = run.claim, run.context.task.options.atomic
         completion = calls.completion(claim, returned, started)
         is_settled = False
         try:
             if transaction is not None and not atomic:
                 transaction.rollback()  # whatever the call itself left open
             elif transaction is not None and transaction.is_touched:
-                transaction.commit(lambda: lifecycle.complete(completion, using=self._using))
+                also = changed_settlement(run, completion)
+                transaction.commit(
+                    lambda: lifecycle.complete(completion, using=self._using, also=also)
+                )
                 is_settled = True
         except BaseException as error:  # noqa: BLE001 - deferred constraints, a lost lease, a broken connection
-            self.raised(claim, error, started, transaction)
-            return
+            return self.raised(claim, error, started, transaction)
         if is_settled:
             self._work.settled(completion, claim)
         else:
-            outcome = Outcome(claim=claim, duration=completion.duration, returned=returned)
+            outcome = Outcome(
+                claim=claim,
+                duration=completion.duration,
+                returned=returned,
+                changes=run.changes(),
+            )
             self._work.ended(outcome, is_urgent=not atomic)
+        return None
 
     def raised(
         self,
@@ -76,8 +86,8 @@ class Ending:
         transaction: CallTransaction | None,
         *,
         is_usable: bool = True,
-    ) -> None:
-        """Undo what the call did, and report why.
+    ) -> Outcome | None:
+        """Undo what the call did.
 
         Args:
             claim: What was executed.
@@ -85,25 +95,28 @@ class Ending:
             started: ``perf_counter()`` at its start.
             transaction: The call's, or ``None`` if it has never queried.
             is_usable: Whether the call had a connection whenever it needed one.
+
+        Returns:
+            What is to be reported; nothing if the row is settled, or lost to others.
         """
         if transaction is not None:
             is_usable &= transaction.rollback()
         if isinstance(error, LeaseLost):
             log_lease_lost(claim, error)
             self._work.dropped(claim)
-            return
+            return None
         duration = perf_counter() - started
         if isinstance(error, CommitUncertain) and transaction is not None:
             transaction.abandon()
             if self.has_arrived(claim, error):
                 self._work.settled(calls.completion(claim, "", started), claim)
-                return
-        self.failed(claim, error, duration, is_usable=is_usable)
+                return None
+        return self.failed(claim, error, duration, is_usable=is_usable)
 
     def failed(
         self, claim: Claim, error: BaseException, duration: float, *, is_usable: bool
-    ) -> None:
-        """Report a call whose effects are undone.
+    ) -> Outcome:
+        """Return the outcome of a call whose effects are undone.
 
         Args:
             claim: What was executed.
@@ -111,10 +124,9 @@ class Ending:
             duration: Seconds that it took.
             is_usable: Whether its connection survived.
         """
-        outcome = calls.failed_outcome(
+        return calls.failed_outcome(
             claim, error, duration=duration, is_usable=is_usable, database=self._database
         )
-        self._work.ended(outcome, is_urgent=False)
 
     def has_arrived(self, claim: Claim, error: CommitUncertain) -> bool:
         """Whether the COMMIT arrived whose answer was lost; run its callbacks then."""

@@ -15,12 +15,13 @@ Systems", HPTS 1987.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from time import perf_counter
 
 from django.db import Error
 
-from firefly_jobs import fencing, lifecycle, registry
-from firefly_jobs.attempts import Claim, Outcome
+from firefly_jobs import fencing, lifecycle, messenger, registry
+from firefly_jobs.attempts import Claim, Outcome, Settlement
 from firefly_jobs.checkpoints import reach
 from firefly_jobs.databases import STATEMENT_BYTES_MAX, Completion
 from firefly_jobs.exceptions import CommitUncertain, LeaseLost, StopRequested
@@ -29,6 +30,7 @@ from firefly_jobs.transactions import CallTransaction
 
 from . import calls
 from .ending import Ending
+from .hooking import Run, changed_settlement
 from .interrupts import Interrupt
 from .work import Work
 
@@ -46,6 +48,7 @@ class Group:
         transaction: The lane's.
         ending: The lane's.
         interrupt: Lets a shutdown reach the calls.
+        report: Told of calls that did not succeed, when the transaction may have an end.
     """
 
     def __init__(
@@ -55,11 +58,16 @@ class Group:
         ending: Ending,
         *,
         interrupt: Interrupt,
+        report: Callable[[Run | None, Outcome], None],
     ) -> None:
         self._work = work
         self._transaction = transaction
         self._ending = ending
         self._interrupt = interrupt
+        self._report = report
+        # Their hooks are called once the transaction, which is not theirs, has ended.
+        self._to_report: list[tuple[Run, Outcome]] = []
+        self._changed: dict[tuple[int, int], Settlement] = {}
         self._members: list[tuple[Claim, Completion]] = []
         self._left: list[Claim] = []
         self._bytes = 0
@@ -73,7 +81,17 @@ class Group:
             they did has happened.
         """
         self._members, self._left, self._bytes = [], [], 0
+        self._to_report, self._changed = [], {}
         self._is_closed = self._is_broken = False
+        again = self._run_all(first)
+        if self._to_report:
+            # Their hooks are called in autocommit mode, also if there was nothing to commit.
+            self._transaction.rollback()
+        for run, outcome in self._to_report:
+            self._report(run, outcome)
+        return again
+
+    def _run_all(self, first: Claim) -> list[Claim]:
         started = perf_counter()
         try:
             self._transaction.begin(atomic=True)
@@ -94,28 +112,35 @@ class Group:
     def _execute(self, claim: Claim) -> None:
         started = perf_counter()
         transaction = self._transaction
+        run: Run | None = None
         try:
             transaction.begin_member()
             calls.refuse_if_expired(claim)
             task = registry.find(claim.func_name)
-            returned = self._interrupt.run(lambda: calls.call(task, claim, using=transaction.using))
+            messenger.started(claim, using=transaction.using, owner=self._work.owner)
+            run = this_run = Run(task, claim, using=transaction.using)
+            returned = self._interrupt.run(lambda: calls.call(this_run, transaction))
             reach("called")
             transaction.refuse_if_doomed()
         except BaseException as error:  # noqa: BLE001 - user code: sys.exit() ends the task, not the lane
-            self._failed(claim, error, started)
+            self._failed(claim, error, started, run)
             return
         if transaction.is_touched:
-            self._members.append((claim, calls.completion(claim, returned, started)))
+            completion = calls.completion(claim, returned, started)
+            self._members.append((claim, completion))
+            if also := changed_settlement(run, completion):
+                self._changed[claim.key] = also
             self._bytes += len(returned)
             # What was done elsewhere is committed already; the sooner this is, the better.
             self._is_closed = transaction.is_touched_elsewhere or transaction.has_set_state
         else:
             duration = perf_counter() - started
-            self._work.ended(
-                Outcome(claim=claim, duration=duration, returned=returned), is_urgent=False
+            outcome = Outcome(
+                claim=claim, duration=duration, returned=returned, changes=run.changes()
             )
+            self._work.ended(outcome, is_urgent=False)
 
-    def _failed(self, claim: Claim, error: BaseException, started: float) -> None:
+    def _failed(self, claim: Claim, error: BaseException, started: float, run: Run | None) -> None:
         """Undo one member; without its savepoint all of them are undone."""
         is_usable, has_refused = True, self._transaction.has_refused
         is_shared = bool(self._members)
@@ -130,15 +155,18 @@ class Group:
             self._left.append(claim)
             return
         self._is_closed |= isinstance(error, StopRequested)
-        self._ending.failed(claim, error, perf_counter() - started, is_usable=is_usable)
+        duration = perf_counter() - started
+        outcome = self._ending.failed(claim, error, duration, is_usable=is_usable)
+        if run is not None and run.hooks:
+            self._is_closed = True
+            self._to_report.append((run, outcome))
+        else:
+            self._report(run, outcome)
 
     def _commit(self) -> list[Claim]:
         claims = [claim for claim, _ in self._members]
-        completions = [completion for _, completion in self._members]
         try:
-            self._transaction.commit(
-                lambda: lifecycle.complete_group(completions, using=self._transaction.using)
-            )
+            self._transaction.commit(self._settle)
         except CommitUncertain as error:
             return self._find_out(error)
         except LeaseLost as event:
@@ -151,6 +179,17 @@ class Group:
         for claim, completion in self._members:
             self._work.settled(completion, claim)
         return []
+
+    def _settle(self) -> None:
+        using = self._transaction.using
+        plain = [
+            completion for claim, completion in self._members if claim.key not in self._changed
+        ]
+        if plain:
+            lifecycle.complete_group(plain, using=using)
+        for claim, completion in self._members:
+            if (also := self._changed.get(claim.key)) is not None:
+                lifecycle.complete(completion, using=using, also=also)
 
     def _still_held(self, claims: list[Claim], event: LeaseLost) -> list[Claim]:
         """Drop the claims that others have taken over; return the rest."""

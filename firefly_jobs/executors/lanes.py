@@ -295,13 +295,17 @@ class LaneBinding(Executor):
 
         A cancelled coroutine still has to settle or roll back, once and to the end.
         """
+        self._is_ended = True
+        return await self.with_transaction(work)
+
+    async def with_transaction(self, work: Callable[[CallTransaction], Any]) -> Any:
+        """Do the same in the midst of the call, which goes on afterwards."""
         lane = self._lane
         if lane is None:
             message = "This coroutine has no lane."
             raise RuntimeError(message)
         future: Future[Any] = Future()
         lane.put(future, work)
-        self._is_ended = True
         done = asyncio.wrap_future(future)
         while not done.done():
             with suppress(asyncio.CancelledError):

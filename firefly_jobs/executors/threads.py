@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 from django.db import Error
 
-from firefly_jobs import registry
-from firefly_jobs.attempts import Claim
+from firefly_jobs import messenger, registry
+from firefly_jobs.attempts import Claim, Outcome
 from firefly_jobs.checkpoints import reach
 from firefly_jobs.transactions import CallTransaction
 
-from . import calls
+from . import calls, hooking
 from .allowances import Allowances
 from .ending import Ending
 from .groups import Group
+from .hooking import Run
 from .interrupts import Interrupt
 from .work import NO_CONNECTION_SECONDS, Work
 
-if TYPE_CHECKING:
-    from firefly_jobs.decorators import BaseTask
-
 logger = logging.getLogger("firefly_jobs")
+
+_Result = TypeVar("_Result")
 
 
 class SyncLane(threading.Thread):
@@ -53,7 +54,13 @@ class SyncLane(threading.Thread):
         """Take claims until there are no more."""
         try:
             transaction = self._transaction = CallTransaction(self._using, owner=self._work.owner)
-            group = Group(self._work, transaction, self._ending, interrupt=self._interrupt)
+            group = Group(
+                self._work,
+                transaction,
+                self._ending,
+                interrupt=self._interrupt,
+                report=self._report,
+            )
             while (claim := self._work.next_sync()) is not None:
                 alone = [claim]
                 if self._work.may_join_group(claim):
@@ -81,26 +88,48 @@ class SyncLane(threading.Thread):
     def _execute(self, claim: Claim, transaction: CallTransaction) -> None:
         """Call the function in a transaction of its own."""
         started = perf_counter()
+        run: Run | None = None
         try:
             calls.refuse_if_expired(claim)
             task = registry.find(claim.func_name)
             if not self._begin(claim, transaction, atomic=task.options.atomic):
                 return
-            call = self._call_bounded if claim.is_bounded else self._call
-            returned = call(task, claim)
+            messenger.started(claim, using=self._using, owner=self._work.owner)
+            run = this_run = Run(task, claim, using=self._using)
+            returned = self._guarded(claim, lambda: calls.call(this_run, transaction))
             reach("called")
         except BaseException as error:  # noqa: BLE001 - user code: sys.exit() ends the task, not the lane
-            self._ending.raised(claim, error, started, transaction)
+            outcome = self._ending.raised(claim, error, started, transaction)
         else:
-            self._ending.returned(claim, returned, started, transaction, atomic=task.options.atomic)
+            outcome = self._ending.returned(run, returned, started, transaction)
+        if outcome is not None:
+            self._report(run, outcome)
 
-    def _call(self, task: BaseTask[Any, Any], claim: Claim) -> str:
-        return self._interrupt.run(lambda: calls.call(task, claim, using=self._using), of=claim)
+    def _report(self, run: Run | None, outcome: Outcome) -> None:
+        """Report an attempt that did not succeed, once its hooks have heard of it."""
+        if run is not None:
+            if run.hooks:
+                outcome = hooking.decided(outcome)
+                self._finish(run, outcome)
+            outcome = hooking.with_later_changes(run, outcome)
+        self._work.ended(outcome, is_urgent=False)
 
-    def _call_bounded(self, task: BaseTask[Any, Any], claim: Claim) -> str:
+    def _finish(self, run: Run, outcome: Outcome) -> None:
+        """Call the hooks in autocommit mode: what they write stays, whatever comes."""
+        if self._transaction is not None:
+            self._transaction.leave()
+        try:
+            self._guarded(run.claim, lambda: hooking.finish_sync(run, outcome))
+        except BaseException as error:  # noqa: BLE001 - a limit, or our own shutdown; all is decided
+            hooking.log_stopped(run, error)
+
+    def _guarded(self, claim: Claim, call: Callable[[], _Result]) -> _Result:
+        """Return what ``call`` returns; meanwhile a shutdown, and the claim's limits, reach it."""
+        if not claim.is_bounded:
+            return self._interrupt.run(call, of=claim)
         allowance = self._allowances.begin(claim, lambda error: self._stop_call(claim, error))
         try:
-            return self._call(task, claim)
+            return self._interrupt.run(call, of=claim)
         except BaseException as raised:  # noqa: BLE001 - user code; it is raised again, or is the cause
             raise allowance.blame(raised)  # noqa: B904 - likewise
         finally:

@@ -8,7 +8,8 @@ because these consumers run in the process of the test; see ``support.schedule``
 from collections.abc import Callable
 from typing import Any
 
-from firefly_jobs import atask, task
+from firefly_jobs import TaskHooks, atask, task
+from firefly_jobs.attempts import TaskContext
 from tests.testapp.models import Effect
 
 BODIES: dict[str, Callable[..., Any]] = {}
@@ -64,3 +65,87 @@ def insert_by_itself(key: str) -> None:
 def insert_in_groups() -> None:
     """Leave one row, committed with those of others."""
     Effect.objects.create(task_key="grouped", value=1)
+
+
+# For each key what the hooks of its call do: by the name of the method.
+HOOKS: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+def _hook(event: str, run: TaskContext, *values: Any) -> Any:
+    return HOOKS[run.args[0]].get(event, lambda *_: None)(run, *values)
+
+
+class PlainHooks(TaskHooks):
+    """Hooks that a test defines."""
+
+    def before_start(self, run: TaskContext) -> None:
+        """See above."""
+        _hook("before_start", run)
+
+    def on_success(self, run: TaskContext, returned: Any) -> None:
+        """See above."""
+        _hook("on_success", run, returned)
+
+    def on_failure(self, run: TaskContext, error: BaseException) -> None:
+        """See above."""
+        _hook("on_failure", run, error)
+
+    def on_retry(self, run: TaskContext, error: BaseException, delay: float) -> None:
+        """See above."""
+        _hook("on_retry", run, error, delay)
+
+    def after_return(self, run: TaskContext, status: str) -> None:
+        """See above."""
+        _hook("after_return", run, status)
+
+
+class AsyncHooks(TaskHooks):
+    """Hooks that a test defines as coroutine functions."""
+
+    async def before_start(self, run: TaskContext) -> None:
+        """See above."""
+        await self._await("before_start", run)
+
+    async def on_success(self, run: TaskContext, returned: Any) -> None:
+        """See above."""
+        await self._await("on_success", run, returned)
+
+    async def on_failure(self, run: TaskContext, error: BaseException) -> None:
+        """See above."""
+        await self._await("on_failure", run, error)
+
+    async def on_retry(self, run: TaskContext, error: BaseException, delay: float) -> None:
+        """See above."""
+        await self._await("on_retry", run, error, delay)
+
+    async def after_return(self, run: TaskContext, status: str) -> None:
+        """See above."""
+        await self._await("after_return", run, status)
+
+    async def _await(self, event: str, run: TaskContext, *values: Any) -> None:
+        if event in HOOKS[run.args[0]]:
+            await _hook(event, run, *values)
+
+
+@task(hooks=PlainHooks)
+def hooked(key: str) -> Any:
+    """Call a test's function, with its hooks."""
+    return BODIES[key]()
+
+
+@task(hooks=PlainHooks, atomic=False)
+def hooked_in_autocommit(key: str) -> Any:
+    """Call a test's function without a transaction, with its hooks."""
+    return BODIES[key]()
+
+
+@atask(hooks=AsyncHooks)
+async def ahooked(key: str) -> Any:
+    """Await a test's coroutine function, with its hooks."""
+    return await BODIES[key]()
+
+
+@atask(hooks=PlainHooks)
+async def ahooked_plainly(key: str) -> Any:
+    """Await a test's coroutine function, with hooks that are plain methods."""
+    return await BODIES[key]()

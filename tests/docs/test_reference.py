@@ -13,10 +13,22 @@ from django.contrib.admin.utils import label_for_field
 from django.core.management import get_commands, load_command_class
 from django.core.management.base import BaseCommand
 from django.db import models
+from django.dispatch import Signal
 
 import firefly_jobs
 from benchmarks.catalogue import BENCHMARKS
-from firefly_jobs import attempts, conf, exceptions, lifecycle, options, retries, slots, states
+from firefly_jobs import (
+    attempts,
+    conf,
+    exceptions,
+    hooks,
+    lifecycle,
+    options,
+    retries,
+    signals,
+    slots,
+    states,
+)
 from firefly_jobs.admin import presentation, rows, tasks
 from firefly_jobs.contrib.celery import CeleryJob
 from firefly_jobs.contrib.jobs import EmailJob, HTTPRequestJob, SQLQueryJob
@@ -187,6 +199,14 @@ def test_every_retry_strategy_is_documented_with_its_arguments() -> None:
 def test_every_argument_of_a_ready_made_type_is_documented(kind: type[Job]) -> None:
     documented = set(table(section(read("reference/ready-made.md"), kind.__name__)))
     assert documented == set(kind.task.signature.plain.parameters)
+
+
+def test_every_hook_and_every_signal_is_documented() -> None:
+    page = read("reference/hooks.md")
+    documented = set(re.findall(r"^\| `(\w+)\(", section(page, "TaskHooks"), re.MULTILINE))
+    assert documented == set(hooks.EVENTS)
+    sent = {name for name, value in vars(signals).items() if isinstance(value, Signal)}
+    assert set(table(section(page, "Signals"))) == sent
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -115,6 +115,14 @@ def test_task_module_that_cannot_be_imported_is_e008():
     assert "No module named 'tests.no_such_module'" in found.msg
 
 
+def test_hooks_of_every_task_that_cannot_be_loaded_are_e009():
+    with override_settings(FIREFLY_JOBS={"HOOKS": ["tests.no_such_module.Audit"]}):
+        (found,) = checks.check_hooks()
+
+    assert found.id == "firefly_jobs.E009"
+    assert "No module named 'tests.no_such_module'" in found.msg
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -39,7 +39,7 @@ def test_the_defaults_obey_their_own_rules():
 def test_every_rule_is_tested_here():
     tested = [*COUNTS, *POSITIVE_COUNTS, *FLAGS, *DURATIONS, *POSITIVE_DURATIONS, *TEXTS]
 
-    assert {*tested, "LEASE_SECONDS", "SERIALIZER", "IMPORTS"} == set(_RULES)
+    assert {*tested, "LEASE_SECONDS", "SERIALIZER", "IMPORTS", "HOOKS"} == set(_RULES)
 
 
 def test_an_empty_dictionary_gives_the_documented_defaults():
@@ -193,6 +193,14 @@ def test_imports_are_a_list_of_module_names():
         assert "must be a list of module names" in complaint("IMPORTS", value)
     with override_settings(FIREFLY_JOBS={"IMPORTS": ["shop.jobs"]}):
         assert get_settings().IMPORTS == ("shop.jobs",)
+
+
+def test_hooks_are_a_list_of_dotted_names():
+    assert problems({"HOOKS": ["shop.hooks.Audit"]}) == problems({"HOOKS": ()}) == []
+    for value in ("shop.hooks.Audit", [5], ["Audit"], None, {"shop.hooks.Audit"}):
+        assert "must be a list of dotted names" in complaint("HOOKS", value)
+    with override_settings(FIREFLY_JOBS={"HOOKS": ["shop.hooks.Audit"]}):
+        assert get_settings().HOOKS == ("shop.hooks.Audit",)
 
 
 @pytest.mark.parametrize("key", [*DURATIONS, *POSITIVE_DURATIONS])
