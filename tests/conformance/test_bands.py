@@ -6,7 +6,7 @@ import pytest
 from django.db import connection
 from django.utils import timezone
 
-from firefly_jobs import databases
+from firefly_jobs import databases, schedule_many
 from firefly_jobs.claiming import Claimer
 from firefly_jobs.consumer import Consumer
 from firefly_jobs.lifecycle import release
@@ -141,3 +141,15 @@ def test_priorities_are_looked_up_within_the_bands():
     assert found(connection, "default", bands(["high", "low"])) == [99, 50, -1, -50]
     assert found(connection, "default", bands([7])) == []
     assert found(connection, "elsewhere", bands(["low"])) == []
+
+
+def test_priorities_outside_of_the_bands_are_not_looked_up():
+    schedule_many(tasks.nothing.using(priority=number) for number in range(-100, 101))
+    analyze()
+
+    def cost(*served):
+        with captured_statements() as statements:
+            databases.of("default").priorities(connection, "default", *served)
+        return sum(rows_read(sql, params) for sql, params in about_tasks(statements))
+
+    assert cost(bands([7, 9])) * 10 < cost()

@@ -6,7 +6,7 @@ import pytest
 from django.db import connection, transaction
 from django.utils import timezone
 
-from firefly_jobs import Fixed, enqueue, schedule_many
+from firefly_jobs import Fixed, databases, enqueue, schedule_many
 from firefly_jobs.models import TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import captured_statements, outside, run_burst
@@ -119,6 +119,21 @@ def test_an_iterator_that_fails_leaves_no_row():
         enqueue.insert_many(failing())
 
     assert not TaskModel.objects.exists()
+
+
+def test_an_iterator_is_read_batch_by_batch():
+    size = databases.of("default").insert_batch_size
+    written = []
+
+    def noting():
+        for number, row in enumerate(rows(size + 2)):
+            if number == size + 1:
+                written.append(TaskModel.objects.count())
+            yield row
+
+    enqueue.insert_many(noting())
+
+    assert written == [size]
 
 
 def test_a_thousand_rows_take_one_statement():

@@ -396,6 +396,28 @@ def test_a_place_is_kept_for_who_was_let_go():
     assert statuses(second, late) == ["blocked", "blocked"]
 
 
+@pytest.mark.parametrize("limit", [1, 100])
+def test_a_place_is_kept_for_who_was_let_go_though_nobody_stands_behind(limit):
+    held, (first,) = running_and_blocked(2)
+    lifecycle.complete_many([completion(held)], using="default")
+
+    late = one.using(priority=100).schedule()
+    claims = claim(limit=limit)
+
+    assert ids(claims) == [first.pk]
+    assert statuses(late) == ["blocked"]
+
+
+def test_no_more_are_let_go_than_places_are_neither_taken_nor_kept():
+    two = tasks.nothing.using(concurrency=2)
+    rows = [two.schedule() for _ in range(6)]
+
+    for held in claim():
+        lifecycle.complete_many([completion(held)], using="default")
+
+    assert statuses(*rows[2:]) == ["created", "created", "blocked", "blocked"]
+
+
 def test_rows_that_permit_different_numbers_go_by_their_own():
     wide, narrow = (
         tasks.nothing.using(concurrency=Concurrency(n, key=lambda: "shared")) for n in (3, 1)
@@ -498,16 +520,50 @@ def shared_key():
     return Concurrency(1, key=lambda: "shared")
 
 
-def test_the_next_one_goes_when_a_group_commits():
-    for _ in range(3):
+def test_the_next_one_goes_when_a_group_commits(monkeypatch):
+    # However busy the machine is: known to be short after a few calls.
+    monkeypatch.setattr("firefly_jobs.pace.SHORT_SECONDS", 1.0)
+    # After so many quick calls a consumer claims more at once than the limit permits.
+    for _ in range(80):
         tasks.insert_in_groups.schedule()
-    run_burst()  # known to be short from now on
     rows = [tasks.insert_in_groups.using(concurrency=2).schedule() for _ in range(9)]
+    limited: list[int] = []
+    settle = lifecycle.complete_group
 
-    run_until_ended(*rows)
+    def collect(completions, *, using):
+        limited.extend(item.id for item in completions if item.is_limited)
+        settle(completions, using=using)
 
-    assert Effect.objects.count() == 12
+    with mock.patch.object(lifecycle, "complete_group", collect):
+        run_until_ended(*rows)
+
+    assert limited
+    assert Effect.objects.count() == 89
     assert {row.status for row in rows} == {"completed"}
+
+
+def committed_together(claims):
+    with transaction.atomic():
+        lifecycle.complete_group([completion(held) for held in claims], using="default")
+
+
+def failed_together(claims):
+    settlements = [
+        decide(Outcome(claim=held, duration=0.1, error=ValueError("x")), max_rescues=3)
+        for held in claims
+    ]
+    held = lifecycle.settle_many(settlements, using="default", consumer=None)
+    assert len(held) == len(claims)
+
+
+@pytest.mark.parametrize("settle", [committed_together, failed_together])
+def test_the_next_ones_go_when_several_are_settled_together(settle):
+    two = tasks.nothing.using(concurrency=2)
+    rows = [two.schedule() for _ in range(5)]
+
+    settle(claim())
+
+    assert statuses(*rows[2:]) == ["created", "created", "blocked"]
 
 
 def test_the_next_one_goes_when_the_shutdown_interrupts_a_call():

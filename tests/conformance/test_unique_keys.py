@@ -2,6 +2,7 @@
 
 import threading
 from datetime import timedelta
+from queue import SimpleQueue
 from unittest import mock
 
 import pytest
@@ -21,14 +22,17 @@ from firefly_jobs import (
 from firefly_jobs.models import TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import (
+    assert_waits_for_lock,
     captured_statements,
     claim_one,
     outside,
     query,
     run_burst,
     schedule,
+    session_id,
 )
 from tests.support.threads import Concurrent
+from tests.support.waiting import eventually
 from tests.testapp.models import Effect
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -429,6 +433,30 @@ def test_bulks_with_the_same_keys_do_not_meet_in_a_deadlock():
 
     assert count() == 1_500
     assert all(one == found[0] for one in found)
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+def test_a_bulk_takes_its_keys_in_their_own_order_and_not_in_that_of_its_jobs():
+    sessions: SimpleQueue[int] = SimpleQueue()
+
+    def bulk():
+        connection.ensure_connection()
+        sessions.put(session_id(connection))
+        return [
+            row.pk for row in schedule_many(tasks.nothing.job.with_unique_key(key) for key in "cba")
+        ]
+
+    with transaction.atomic():
+        middle = tasks.nothing.using(unique_key="b").schedule()
+        other = Concurrent(bulk)
+        session = sessions.get(timeout=20)
+        eventually(lambda: assert_waits_for_lock(session))
+        # The bulk waits for "b", and has not come to "c", although that is its first job's.
+        last = tasks.nothing.using(unique_key="c").schedule()
+
+    assert other.result(timeout_seconds=30)[:2] == [last.pk, middle.pk]
+    assert count() == 3
 
 
 def test_keys_of_a_bulk_take_few_statements():

@@ -454,10 +454,11 @@ def test_another_one_looks_for_all_when_the_first_has_left(no_neighbours):
 
 def test_a_short_wait_beside_a_long_one_is_polled_for_as_if_it_were_alone(jobs, no_neighbours):
     jobs(NOTIFY=False)
+    long: Any = dict.fromkeys(("PAUSE_SECONDS_MAX", "SLEEP_SECONDS_MAX", "ALONE_SECONDS"), 600.0)
     patient, hasty = (tasks.nothing.schedule() for _ in range(2))
     with (
         mock.patch.dict(waiting._lookouts, clear=True),
-        mock.patch.multiple(waiting, PAUSE_SECONDS_MAX=600.0, SLEEP_SECONDS_MAX=600.0),
+        mock.patch.multiple(waiting, **long),
         waited_for(patient) as waiter,
     ):
         lookout()._last_joined_at -= 1_000_000

@@ -139,6 +139,24 @@ def test_a_task_that_a_task_schedules_runs_at_once():
         falls_asleep(consumer)
 
 
+def test_a_task_with_a_unique_key_runs_at_once():
+    with napping():
+        runs_at_once(outside(tasks.nothing.using(unique_key="k").schedule))
+
+
+@pytest.mark.parametrize("concurrency", [None, 1])
+def test_a_call_that_replaces_one_due_later_runs_at_once(concurrency):
+    limited = tasks.nothing.using(unique_key="k", concurrency=concurrency)
+    row = limited.using(eta=timezone.now() + timedelta(hours=1)).schedule()
+    if concurrency is not None:
+        # It has stood in a line, and was let go.
+        TaskModel.objects.update(limit_key=f"c:{row.concurrency_key}")
+
+    with napping():
+        outside(limited.using(on_conflict="replace").schedule)
+        runs_at_once(row)
+
+
 def another_consumer():
     """Write the row of a consumer that is alive, so that nobody rescues what it holds."""
     return ConsumerModel.objects.create(name="other", queues="default", lease_seconds=600).pk

@@ -201,11 +201,14 @@ def test_an_argument_that_the_call_does_not_have_is_refused():
 
 @given(rate=small_rates, data=st.data())
 def test_no_window_has_more_starts_than_a_full_bucket_and_what_drips_into_it(rate, data):
-    gap = st.integers(min_value=0, max_value=3 * rate.interval)
+    # None: until the very moment at which the next token is there.
+    gap = st.none() | st.integers(min_value=0, max_value=3 * rate.interval)
     bucket, now, starts = 0, NOW, []
     for pause in data.draw(st.lists(gap, min_size=1, max_size=50)):
-        now += pause
-        while rate.permitted_at(bucket, now=now) <= now:
+        now = rate.permitted_at(bucket, now=now) if pause is None else now + pause
+        for _ in range(rate.count + 1):
+            if rate.permitted_at(bucket, now=now) > now:
+                break
             bucket = rate.taken(bucket, now=now)
             starts.append(now)
 
@@ -218,7 +221,7 @@ def test_no_window_has_more_starts_than_a_full_bucket_and_what_drips_into_it(rat
 @given(rate=rates)
 def test_a_full_bucket_has_as_many_tokens_as_the_rate_says_and_no_more(rate):
     bucket, taken = 0, 0
-    while rate.permitted_at(bucket, now=NOW) <= NOW:
+    while taken <= rate.count and rate.permitted_at(bucket, now=NOW) <= NOW:
         bucket = rate.taken(bucket, now=NOW)
         taken += 1
 
