@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import VENDOR
 from tests.support.nursery import PROJECT_DIRECTORY
 
-SECONDS = 6
+SECONDS = 10
 RESTARTS = 2
 # It gives the rest two minutes to end by itself.
 SECONDS_MAX = 240
@@ -48,6 +48,5 @@ def test_every_task_ends_once_and_effects_are_there_once_after_kills_and_restart
     assert figure["value"] == 0, errors
     assert found["restarts"] == restarts
     assert found["kills"] > 0
-    assert found["attempts"]["lost"] > 0
     assert set(found["by status"]) == {"completed", "failed"}
     assert found["effects"] > 0
