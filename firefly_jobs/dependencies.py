@@ -217,7 +217,7 @@ class _Walk:
             cancelled = [pk for pk, _, _ in found]
             if any(fence for _, _, fence in found):
                 note_withdrawn(rows.filter(pk__in=cancelled), error, using=self._using)
-            messenger.cancelling(rows.filter(pk__in=cancelled), using=self._using)
+            messenger.cancelling(rows.filter(pk__in=cancelled), error, using=self._using)
             if any(line is not None for _, line, _ in found):
                 places = admission.places_of(rows.filter(pk__in=cancelled))
                 _write_cancelled(cancelled, error, self._using)

@@ -357,7 +357,7 @@ def cancel(ids: Sequence[int], *, using: str) -> int:
         by_step = dependencies.cancel_steps(steps, reason, using=using) if steps else 0
         rows = found.filter(workflow__isnull=True)
         note_withdrawn(rows, reason, using=using)
-        messenger.cancelling(rows, using=using)
+        messenger.cancelling(rows, reason, using=using)
         cancelled = rows.filter(limit_key__isnull=True).update(status=Status.CANCELLED, **columns)
         if cancelled < len(ids) - len(steps):
             # The others stand in a line, or have started.

@@ -95,8 +95,8 @@ def rescued(claim: Claim, *, using: str, consumer: int | None) -> None:
         _tell(signals.task_rescued, claim, using, consumer)
 
 
-def cancelling(rows: QuerySet[TaskModel], *, using: str) -> None:
-    """Tell that a person cancels ``rows`` in the open transaction, once it has committed."""
+def cancelling(rows: QuerySet[TaskModel], error: str, *, using: str) -> None:
+    """Tell that ``rows`` are cancelled in the open transaction, once it has committed."""
     if not signals.task_cancelled.receivers:
         return
     # Locked, so that what is told is what the UPDATE that follows finds.
@@ -110,7 +110,7 @@ def cancelling(rows: QuerySet[TaskModel], *, using: str) -> None:
                 | {
                     "attempt": retries + 1,
                     "consumer": None,
-                    "error": "cancelled while it waited",
+                    "error": error,
                 },
             )
             for pk, func_name, queue, retries in found

@@ -78,7 +78,7 @@ class TaskReference:
 
         Args and what it raises are those of :meth:`wait`, without the first two and the last.
         """
-        waiting = Wait(self.id, using=self._alias, timeout_seconds=_timeout_seconds(timeout))
+        waiting = Wait(self.id, using=self._alias, timeout_seconds=timeout_seconds_of(timeout))
         if row := waiting.first_look():
             return row
         return waiting.sleep_until_ended()
@@ -93,7 +93,7 @@ class TaskReference:
         waiting = Wait(
             self.id,
             using=self._alias,
-            timeout_seconds=_timeout_seconds(timeout),
+            timeout_seconds=timeout_seconds_of(timeout),
             loop=asyncio.get_running_loop(),
         )
         if row := await sync_to_async(waiting.first_look)():
@@ -110,7 +110,8 @@ def result_of(row: TaskModel) -> Any:
     return row.returned
 
 
-def _timeout_seconds(timeout: float | timedelta | None) -> float | None:
+def timeout_seconds_of(timeout: float | timedelta | None) -> float | None:
+    """Return the seconds of a ``timeout`` argument; raise ``TypeError``, ``ValueError``."""
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int | float | timedelta):

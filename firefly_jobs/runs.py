@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
+from threading import Event
 from time import monotonic
 from typing import Any
 
@@ -16,15 +17,18 @@ from django.db import connections
 from django.db.models import F, Max
 
 from . import databases, enqueue
-from .conf import seconds, suggestion
+from .conf import suggestion
 from .exceptions import WorkflowError
 from .graphs import END_RANK, When
 from .jobs import Job
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
+from .options import LABEL_LENGTH_MAX, check_text
 from .placeholders import StepResult, placeholders_in
-from .references import TaskReference
+from .references import TaskReference, timeout_seconds_of
 from .states import Status, WorkflowStatus
 
+# How often a workflow is looked at that stands still.
+STILL_SECONDS = 0.2
 _COLOURS = {
     Status.CREATED: "fill:#e7effb,stroke:#4a74b5",
     Status.BLOCKED: "fill:#f2f2f2,stroke:#8a8a8a",
@@ -70,16 +74,22 @@ def wait(run: WorkflowModel, timeout: float | timedelta | None) -> None:
         TimeoutError: If it has not ended in time.
         WaitInsideTransactionError: If it has not ended, and a transaction is open here.
     """
-    deadline = None if timeout is None else monotonic() + float(seconds(timeout))
+    seconds = timeout_seconds_of(timeout)
+    deadline = None if seconds is None else monotonic() + seconds
     while True:
         # It ends in the same transaction as the last of its steps.
         step = _steps_of(run).exclude(task__status__in=_terminal()).order_by("-pk").first()
         run.refresh_from_db()
         if run.status != WorkflowStatus.RUNNING:
             return
-        if step is None:
-            continue
         left = None if deadline is None else max(deadline - monotonic(), 0.0)
+        if step is None:
+            # Rows were changed by hand; a consumer's sweep lets it go on.
+            if left == 0:
+                message = f"Workflow {run} has not ended in time, though all its steps have."
+                raise TimeoutError(message)
+            Event().wait(STILL_SECONDS if left is None else min(left, STILL_SECONDS))
+            continue
         TaskReference(step.pk, using=run._state.db).wait_finished(left)
 
 
@@ -201,6 +211,7 @@ def _lock_parents(
 def _free_name(run: WorkflowModel, name: str | None, job: Job) -> str:
     steps = _steps_of(run)
     if name is not None:
+        check_text("name", name, LABEL_LENGTH_MAX)
         if steps.filter(name=name).exists():
             message = f"Workflow {run} has a step {name!r} already; names are unique."
             raise WorkflowError(message)

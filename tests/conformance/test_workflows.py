@@ -375,6 +375,8 @@ def test_a_workflow_that_stands_still_is_let_go_on(caplog):
     claim()
     TaskModel.objects.filter(status="running").update(status="completed")
 
+    with pytest.raises(TimeoutError):
+        run.wait(timeout=0)
     assert dependencies.sweep(using="default") == 1
     assert states(run) == {"a": "completed", "b": "created"}
     assert "stood still" in caplog.text

@@ -8,7 +8,7 @@ import pytest
 
 import firefly_jobs
 from firefly_jobs import TaskModel, TaskReference
-from firefly_jobs.references import _timeout_seconds
+from firefly_jobs.references import timeout_seconds_of
 from tests.testapp import tasks
 
 
@@ -49,7 +49,7 @@ def test_an_id_that_is_none_is_refused(value):
     [(None, None), (0, 0.0), (2.5, 2.5), (timedelta(minutes=1), 60.0), (math.inf, math.inf)],
 )
 def test_a_timeout_is_seconds_or_a_timedelta(timeout, seconds):
-    assert _timeout_seconds(timeout) == seconds
+    assert timeout_seconds_of(timeout) == seconds
 
 
 @pytest.mark.parametrize("timeout", [-1, -0.01, math.nan, timedelta(seconds=-1)])
