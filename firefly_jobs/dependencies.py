@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from django.db.models import Exists, F, OuterRef, QuerySet
 
 from . import admission, databases, messenger
 from .columns import revived_columns
-from .databases import ANY_QUEUE
+from .databases import ANY_QUEUE, Counted
 from .databases.functions import DatabaseNow
 from .graphs import END_RANK, When
 from .history import note_withdrawn
@@ -52,13 +52,17 @@ class End(NamedTuple):
     error: str = ""
 
 
-def follow(ends: Iterable[End], *, using: str) -> None:
+def follow(ends: Sequence[End], *, using: str, counted: Counted | None = None) -> None:
     """Do what follows from the end of some steps, in the transaction that is open.
 
     Args:
         ends: Their ends; their rows are written, and locked by that.
         using: Database alias.
+        counted: The one gate behind the only one of them, if it was counted off there already.
     """
+    if counted is not None:
+        _Walk(ends[0].workflow, using).go_on(ends[0], counted)
+        return
     by_workflow: defaultdict[int, list[End]] = defaultdict(list)
     for end in ends:
         by_workflow[end.workflow].append(end)
@@ -94,6 +98,17 @@ class _Walk:
             return
         if fatal := [e for e in ends if e.status is Status.FAILED and e.id not in ignored]:
             self._stop(fatal[0])
+        self._walk()
+
+    def go_on(self, end: End, counted: Counted) -> None:
+        """Do what follows from a completed step that was counted off where its row says."""
+        gates = WorkflowGate.objects.using(self._using).filter(workflow=self._workflow)
+        tasks = TaskModel.objects.using(self._using).filter(pk=end.id)
+        gate, rank = gates.filter(pk__in=tasks.values("next_gate")).values_list("pk", "rank").get()
+        self._first = {end.id: end.status}
+        if rank == END_RANK:
+            self._at_end.add(end.id)
+        self._heed(rank, {gate: counted})
         self._walk()
 
     def _ignored(self, ends: Sequence[End]) -> set[int]:
@@ -149,16 +164,20 @@ class _Walk:
 
     def _move(self, rank: int, counts: Mapping[int, tuple[int, bool]]) -> None:
         """Move the counters of one rank."""
-        opened: dict[int, bool] = {}
+        found: dict[int, Counted] = {}
         for gate, (count, is_unmet) in sorted(counts.items()):
-            found = self._database.count_off(self._connection, gate, count, is_unmet=is_unmet)
-            if found is None:
-                continue
-            waiting_for, was_unmet, is_cut_short = found
-            if is_cut_short:
-                self._look_at_the_end_again()
-            if waiting_for == 0:
-                opened[gate] = was_unmet
+            counted = self._database.count_off(self._connection, gate, count, is_unmet=is_unmet)
+            if counted is not None:
+                found[gate] = counted
+        self._heed(rank, found)
+
+    def _heed(self, rank: int, found: Mapping[int, Counted]) -> None:
+        """Do what follows from what the counters of one rank say now."""
+        if any(counted.is_cut_short for counted in found.values()):
+            self._look_at_the_end_again()
+        opened = {
+            gate: counted.is_unmet for gate, counted in found.items() if counted.waiting_for == 0
+        }
         if opened and rank == END_RANK:
             self._end()
         elif opened:
@@ -365,9 +384,6 @@ def _write_cancelled(ids: Sequence[int], error: str, using: str) -> int:
 def _follow_after(ends: Sequence[End], *, using: str) -> None:
     """Do what follows from ends that are committed already."""
     with databases.of(using).own_transaction(connections[using]):
-        # A lock first, so that what follows sees what others have committed.
-        for workflow in sorted({end.workflow for end in ends}):
-            list(_locked(workflow, using).values_list("pk"))
         follow(ends, using=using)
 
 

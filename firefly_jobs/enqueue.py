@@ -253,7 +253,10 @@ def _with_extras(connection: Any, rows: list[TaskModel]) -> tuple[list[tuple[Any
     columns = f"{INSERT_COLUMNS}, {EXTRA_COLUMNS}"
     if not rows[0].workflow_id:
         return values, columns
-    steps = [(*found, row.workflow_id, row.status) for found, row in zip(values, rows, strict=True)]
+    steps = [
+        (*found, row.workflow_id, row.next_gate, row.status)
+        for found, row in zip(values, rows, strict=True)
+    ]
     return steps, f"{columns}, {STEP_COLUMNS}"
 
 

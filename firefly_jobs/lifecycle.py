@@ -116,18 +116,30 @@ def complete(completion: Completion, *, using: str, also: Settlement | None = No
     Raises:
         LeaseLost: If the row is not held under this fence any more.
     """
-    lines = _lines_of([completion], using)
-    lines.lock()
-    if not (
-        _write(also, using)
-        if also is not None
-        else databases.of(using).complete(connections[using], completion)
-    ):
-        raise lease_lost(completion)
-    lines.let_go()
-    _follow_completed([completion], using)
+    if completion.workflow is not None and not completion.is_limited and also is None:
+        _complete_step(completion, completion.workflow, using)
+    else:
+        lines = _lines_of([completion], using)
+        lines.lock()
+        if not (
+            _write(also, using)
+            if also is not None
+            else databases.of(using).complete(connections[using], completion)
+        ):
+            raise lease_lost(completion)
+        lines.let_go()
+        _follow_completed([completion], using)
     announce_ended(using, (completion.id,))
     reach("settling")
+
+
+def _complete_step(completion: Completion, workflow: int, using: str) -> None:
+    is_held, counted = databases.of(using).complete_step(connections[using], completion)
+    if not is_held:
+        raise lease_lost(completion)
+    if counted is None or not counted.is_of_no_consequence:
+        end = End(completion.id, workflow, Status.COMPLETED)
+        dependencies.follow([end], using=using, counted=counted)
 
 
 def complete_group(completions: Sequence[Completion], *, using: str) -> None:

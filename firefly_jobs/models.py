@@ -160,6 +160,8 @@ class TaskModel(models.Model):
         db_index=False,
         db_constraint=False,
     )
+    # Where its success counts, if that is at one gate only.
+    next_gate = models.BigIntegerField(null=True, blank=True, editable=False)
     expires_at = models.DateTimeField(_("expires"), null=True, blank=True)
     time_limit = models.FloatField(_("time limit in seconds"), null=True, blank=True)
     memory_limit = models.BigIntegerField(_("memory limit in bytes"), null=True, blank=True)

@@ -19,6 +19,7 @@ from django.db.models import F, Max
 from . import databases, enqueue
 from .conf import suggestion
 from .exceptions import WorkflowError
+from .fencing import held
 from .graphs import END_RANK, When
 from .jobs import Job
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
@@ -141,7 +142,9 @@ def add(
             gate = WorkflowGate.objects.using(using).create(
                 workflow=run, rank=1 + _or(rank["gate__rank__max"], -1), waiting_for=len(waits_for)
             )
+        end = WorkflowGate.objects.using(using).filter(workflow=run, rank=END_RANK)
         row: TaskModel = job.row()
+        row.next_gate = end.values_list("pk", flat=True).first()
         waiting = () if gate is None else (0,)
         enqueue.insert_steps([row], workflow=run.pk, waiting=waiting, using=using)
         step = WorkflowStep(
@@ -154,7 +157,6 @@ def add(
         )
         step.save(using=using, force_insert=True)
         # The end comes last: whoever ends a step locks it after all other gates.
-        end = WorkflowGate.objects.using(using).filter(workflow=run, rank=END_RANK)
         is_open = WorkflowModel.objects.using(using).filter(
             pk=run.pk, status=WorkflowStatus.RUNNING, error="", is_cancelled=False
         )
@@ -196,7 +198,7 @@ def _lock_parents(
     """Return those of ``parents`` that have not ended, and keep them from ending meanwhile."""
     rows = TaskModel.objects.using(using).filter(pk__in=list(parents)).order_by("pk")
     waits_for = []
-    for pk, status in rows.select_for_update().values_list("pk", "status"):
+    for pk, status, fence in rows.select_for_update().values_list("pk", "status", "fence"):
         if not Status(status).is_terminal:
             waits_for.append(pk)
         elif not when.is_met(Status(status), is_ignored=parents[pk].ignore_result):
@@ -205,6 +207,10 @@ def _lock_parents(
                 f"{status}."
             )
             raise WorkflowError(message)
+        if status == Status.RUNNING:
+            # It counts at another gate as well from now on; so does whoever waits.
+            held(using, fence, pk).update(next_gate=None)
+    rows.filter(status__in=[Status.CREATED, Status.BLOCKED]).update(next_gate=None)
     return waits_for
 
 

@@ -55,6 +55,8 @@ def insert(
         gates = _insert_gates(run, plan, using)
         waiting = {n for n, place in enumerate(plan.places) if place is not None}
         waiting.update(range(len(steps), len(steps) + len(last)))
+        for step, gate in zip(steps, _next_gates(len(steps), plan, gates), strict=True):
+            step.row.next_gate = gate
         rows = [*(step.row for step in steps), *last.values()]
         enqueue.insert_steps(rows, workflow=run.pk, waiting=waiting, using=using)
         _insert_steps(run, steps, [None if n is None else gates[n] for n in plan.places], using)
@@ -77,6 +79,18 @@ def _insert_gates(run: WorkflowModel, plan: Plan, using: str) -> list[int]:
     # MySQL does not tell them; they rise in the order in which the gates were written.
     found = WorkflowGate.objects.using(using).filter(workflow=run).order_by("pk")
     return list(found.values_list("pk", flat=True))
+
+
+def _next_gates(count: int, plan: Plan, gates: Sequence[int]) -> list[int | None]:
+    """Return the gate at which alone the success of each step counts, if there is one."""
+    edges: list[list[tuple[int, When]]] = [[] for _ in range(count)]
+    for pk, gate in zip(gates, plan.gates, strict=True):
+        for dependency in gate.steps:
+            edges[dependency.parent].append((pk, dependency.when))
+    return [
+        found[0][0] if len(found) == 1 and found[0][1] is not When.FAILURE else None
+        for found in edges
+    ]
 
 
 def _insert_steps(

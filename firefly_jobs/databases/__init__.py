@@ -14,10 +14,10 @@ from .base import (
     INSERT_COLUMNS,
     STATEMENT_BYTES_MAX,
     STEP_COLUMNS,
-    Completion,
     Database,
     Problem,
 )
+from .completing import Completion, Counted
 from .notices import ANY_QUEUE, ANY_TASK, ROLL_CALL, Channel, Notice, Subscription
 from .sessions import Session
 
@@ -38,6 +38,7 @@ __all__ = [
     "STEP_COLUMNS",
     "Channel",
     "Completion",
+    "Counted",
     "Database",
     "Notice",
     "Problem",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 from django.db import Error, InterfaceError, transaction
 from django.db.models.sql import Query
@@ -22,19 +22,13 @@ from django.db.models.sql import Query
 from firefly_jobs.attempts import Claim
 from firefly_jobs.priorities import Band
 
-from .functions import Isolation, SecondsFromNow
+from .completing import TABLE, Completing
+from .functions import SecondsFromNow
 from .notices import Channel, Notice, Subscription
 from .sessions import Session
 
-TABLE = "firefly_jobs_taskmodel"
 # Rows written by hand may have priorities that no option takes.
 ALL_BANDS: tuple[Band, ...] = ((-32_768, 32_766),)
-GATES = "firefly_jobs_workflowgate"
-EDGES = "firefly_jobs_workflowedge"
-COUNTED = "waiting_for, is_unmet, is_cut_short"
-COUNT_OFF = (
-    f"UPDATE {GATES} SET waiting_for = waiting_for - %s, is_unmet = (is_unmet OR %s) WHERE id = %s"  # noqa: S608 - only our own names are formatted in
-)
 CLAIM_COLUMNS = (
     "id, fence, func_name, queue, priority, run_at, params, "
     "retry_attempts, max_retries, retry_delay, retry, rescues, lost_alone, "
@@ -59,7 +53,7 @@ EXTRA_COLUMNS = (
     "label, description, metadata, tags, concurrency_key, max_concurrent, rate_key, rate_limit"
 )
 # Steps of workflows say these as well: some of them have to wait.
-STEP_COLUMNS = "workflow_id, status"
+STEP_COLUMNS = "workflow_id, next_gate, status"
 NEW_COLUMNS = "retry_attempts, fence, rescues, lost_alone, status"
 NEW_VALUES = ("0", "0", "0", "0", "'created'")
 
@@ -71,27 +65,6 @@ def new_columns(columns: str) -> tuple[str, str]:
     return NEW_COLUMNS.removesuffix(", status"), ", ".join(NEW_VALUES[:-1])
 
 
-class Completion(NamedTuple):
-    """The settling of a task that returned: what the batched statement needs."""
-
-    id: int
-    fence: int
-    duration: float
-    returned: str
-    is_limited: bool = False
-    workflow: int | None = None
-
-    @classmethod
-    def of(cls, claim: Claim, duration: float, returned: str) -> Self:
-        """Return the settling of a claim whose call returned."""
-        return cls(claim.id, claim.fence, duration, returned, claim.is_limited, claim.workflow)
-
-    @property
-    def lets_others_go(self) -> bool:
-        """Whether its end is of consequence for other rows."""
-        return self.is_limited or self.workflow is not None
-
-
 class Problem(NamedTuple):
     """What a system check tells about one connection; ``id`` starts with E or W."""
 
@@ -100,7 +73,7 @@ class Problem(NamedTuple):
     hint: str
 
 
-class Database:
+class Database(Completing):
     """The statements and capabilities of one kind of database."""
 
     session_class: ClassVar[type[Session]] = Session
@@ -115,17 +88,12 @@ class Database:
     # Whether one session can tell another that rows are due.
     can_notify: ClassVar[bool] = False
 
-    now: ClassVar[str] = ""
     # The seconds from now until a moment, as a number; its column stands for {}.
     until: ClassVar[str] = ""
 
     def __init__(self) -> None:
+        super().__init__()
         self.claimed = f"{CLAIM_COLUMNS}, {IS_LIMITED}, {self.until.format('expires_at')}"
-        self.complete_sql = (
-            f"UPDATE {TABLE} SET status = 'completed', completed = {self.now}, failed = NULL, "  # noqa: S608 - only our own names are formatted in
-            f"duration = %s, returned = %s, error = '', active_key = NULL, limit_key = NULL "
-            f"WHERE id = %s AND status = 'running' AND fence = %s"
-        )
 
     # --- scheduling
 
@@ -306,61 +274,7 @@ class Database:
         """
         return None
 
-    # --- settling
-
-    def complete(self, connection: Any, completion: Completion) -> bool:
-        """Complete one row under its fence; return whether it was still held."""
-        with connection.cursor() as cursor:
-            cursor.execute(
-                self.complete_sql,
-                [completion.duration, completion.returned, completion.id, completion.fence],
-            )
-            return bool(cursor.rowcount == 1)
-
-    def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
-        """Complete rows under their fences in one statement; return how many were held."""
-        raise NotImplementedError
-
-    # --- workflows
-
-    def edges_behind(
-        self, connection: Any, steps: Sequence[int]
-    ) -> list[tuple[int, int, int, str, str]]:
-        """Return what the end of some steps counts at.
-
-        Returns:
-            ``(step, gate, rank of the gate, condition, isolation)`` for each edge; the last is
-            that of the open transaction, as ``Isolation`` tells it.
-        """
-        isolation, _ = Query(None).get_compiler(connection=connection).compile(Isolation())
-        when = connection.ops.quote_name("when")
-        with connection.cursor() as cursor:
-            cursor.execute(
-                f"SELECT e.step_id, e.gate_id, g.{self._rank(connection)}, e.{when}, {isolation} "  # noqa: S608 - only our own names are formatted in
-                f"FROM {EDGES} e JOIN {GATES} g ON g.id = e.gate_id "
-                f"WHERE e.step_id IN ({', '.join(['%s'] * len(steps))})",
-                list(steps),
-            )
-            found: list[tuple[int, int, int, str, str]] = cursor.fetchall()
-        return found
-
-    def _rank(self, connection: Any) -> str:
-        # A word of its own in MySQL since window functions.
-        return str(connection.ops.quote_name("rank"))
-
-    def count_off(
-        self, connection: Any, gate: int, count: int, *, is_unmet: bool
-    ) -> tuple[int, bool, bool] | None:
-        """Count ends off at a gate, which stays locked until the transaction ends.
-
-        Returns:
-            What it still waits for, whether it is unmet, and whether it is cut short; ``None``
-            if it is not there.
-        """
-        with connection.cursor() as cursor:
-            cursor.execute(f"{COUNT_OFF} RETURNING {COUNTED}", [count, is_unmet, gate])
-            row = cursor.fetchone()
-        return None if row is None else (int(row[0]), bool(row[1]), bool(row[2]))
+    # --- transactions
 
     def write_transaction(self, connection: Any) -> AbstractContextManager[Any]:
         """Return ``atomic`` for a transaction that is going to write."""
@@ -368,14 +282,11 @@ class Database:
         return atomic
 
     def own_transaction(self, connection: Any) -> AbstractContextManager[Any]:
-        """Return :meth:`write_transaction` for one that begins with a locking statement.
+        """Return :meth:`write_transaction`, isolated as READ COMMITTED if it is the outermost.
 
-        Each later statement sees what the former holder of the lock has committed, however the
-        project's transactions are isolated.
+        Each statement sees what others have committed, above all who held a lock before,
+        however the project's transactions are isolated.
         """
-        # READ COMMITTED by itself.  On InnoDB the snapshot of REPEATABLE READ is that of the
-        # first read that locks nothing:
-        # https://dev.mysql.com/doc/refman/8.0/en/innodb-consistent-read.html
         return self.write_transaction(connection)
 
     # --- errors

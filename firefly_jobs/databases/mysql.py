@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from django.db import DatabaseError, IntegrityError
+from django.db import DatabaseError, Error, IntegrityError
 
 from firefly_jobs.attempts import Claim
 from firefly_jobs.exceptions import ImplicitCommitError
 
 from .base import (
     CANCEL_SECONDS,
+    DISPATCHER_LOCK_SECONDS,
+    Database,
+)
+from .completing import (
     COUNT_OFF,
     COUNTED,
-    DISPATCHER_LOCK_SECONDS,
     GATES,
     TABLE,
     Completion,
-    Database,
+    Counted,
+    isolation_sql,
 )
 from .sessions import SAVEPOINT, Session
 
+_ISOLATE = "SET SESSION TRANSACTION ISOLATION LEVEL {}"
 logger = logging.getLogger("firefly_jobs")
 
 _CANDIDATES_PER_CLAIM = 3
@@ -308,15 +314,64 @@ class MySQL(Database):
             cursor.execute(sql, [json.dumps(completions)])
             return int(cursor.rowcount)
 
+    def complete_step(self, connection: Any, completion: Completion) -> tuple[bool, Counted | None]:
+        """Complete, and count off with a second statement, whose answer is a number."""
+        if not self.complete(connection, completion):
+            return False, None
+        # No UPDATE returns rows here, but it may leave a number behind, as one that inserts does:
+        # https://mariadb.com/kb/en/last_insert_id/
+        sql = (
+            f"UPDATE {GATES} SET waiting_for = waiting_for - 1 "  # noqa: S608 - only our own names are formatted in
+            f"WHERE id = (SELECT next_gate FROM {TABLE} WHERE id = %s) "
+            f"AND {isolation_sql(connection)} = 'read-committed' "
+            f"AND LAST_INSERT_ID(4 * waiting_for + 2 * is_unmet + is_cut_short) IS NOT NULL"
+        )
+        with connection.cursor() as cursor:
+            cursor.execute(sql, [completion.id])
+            if not cursor.rowcount:
+                return True, None
+            before, flags = divmod(int(cursor.lastrowid), 4)
+            if before > 1 and not flags & 1:
+                return True, Counted(before - 1, bool(flags & 2), is_cut_short=False)
+            cursor.execute(
+                f"SELECT {COUNTED} FROM {GATES} WHERE id = "  # noqa: S608 - only our own names are formatted in
+                f"(SELECT next_gate FROM {TABLE} WHERE id = %s)",
+                [completion.id],
+            )
+            return True, Counted.of(cursor.fetchone())
+
     def count_off(
         self, connection: Any, gate: int, count: int, *, is_unmet: bool
-    ) -> tuple[int, bool, bool] | None:
+    ) -> Counted | None:
         """Update, which locks, and then read."""
         with connection.cursor() as cursor:
             cursor.execute(COUNT_OFF, [count, is_unmet, gate])
             cursor.execute(f"SELECT {COUNTED} FROM {GATES} WHERE id = %s", [gate])  # noqa: S608 - only our own names are formatted in
-            row = cursor.fetchone()
-        return None if row is None else (int(row[0]), bool(row[1]), bool(row[2]))
+            return Counted.of(cursor.fetchone())
+
+    @contextmanager
+    def own_transaction(self, connection: Any) -> Iterator[None]:
+        """Isolate it as READ COMMITTED, and the session again as it was."""
+        connection.ensure_connection()
+        if connection.in_atomic_block or connection.isolation_level == "read committed":
+            with self.write_transaction(connection):
+                yield
+            return
+        # Of the next transaction alone it could be said as well, but nobody could ask for it then.
+        with connection.cursor() as cursor:
+            cursor.execute(f"SELECT {isolation_sql(connection)}")
+            (before,) = cursor.fetchone()
+            cursor.execute(_ISOLATE.format("READ COMMITTED"))
+        try:
+            with self.write_transaction(connection):
+                yield
+        finally:
+            try:
+                with connection.cursor() as cursor:
+                    cursor.execute(_ISOLATE.format(before.replace("-", " ")))
+            except Error as error:
+                logger.debug("This connection is not used any more: %s", error)
+                connection.close()
 
     def prepare(self, connection: Any, consumer: int) -> None:
         """Mark the session as ours by a user lock of its own, so that a rescuer finds it.

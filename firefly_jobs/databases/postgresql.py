@@ -20,11 +20,10 @@ from .base import (
     DISPATCHER_LOCK_SECONDS,
     INSERT_COLUMNS,
     IS_LIMITED,
-    TABLE,
-    Completion,
     Database,
     new_columns,
 )
+from .completing import COUNTED, GATES, TABLE, Completion, Counted, isolation_sql
 from .functions import SecondsFromNow
 from .notices import Channel, Notice, Subscription
 from .sessions import Session
@@ -345,6 +344,23 @@ class PostgreSQL(Database):
         with connection.cursor() as cursor:
             cursor.execute(sql, [json.dumps(completions)])
             return int(cursor.rowcount)
+
+    def complete_step(self, connection: Any, completion: Completion) -> tuple[bool, Counted | None]:
+        """Complete and count off with one statement."""
+        # The row is changed, and locked, before its gate: what is asked of the gate is what the
+        # change returns.
+        counted = ", ".join(f"counted.{column}" for column in COUNTED.split(", "))
+        sql = (
+            f"WITH done AS ({self.complete_sql} RETURNING next_gate), counted AS ("  # noqa: S608 - only our own names are formatted in
+            f"UPDATE {GATES} SET waiting_for = waiting_for - 1 "
+            f"WHERE id = (SELECT next_gate FROM done) "
+            f"AND {isolation_sql(connection)} = 'read-committed' RETURNING {COUNTED}) "
+            f"SELECT {counted} FROM done LEFT JOIN counted ON TRUE"
+        )
+        with connection.cursor() as cursor:
+            cursor.execute(sql, completion.values)
+            row = cursor.fetchone()
+        return row is not None, Counted.of(row)
 
     @contextmanager
     def own_transaction(self, connection: Any) -> Iterator[None]:

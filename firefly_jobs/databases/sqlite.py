@@ -13,7 +13,8 @@ from django.db import transaction
 
 from firefly_jobs.attempts import Claim
 
-from .base import DISPATCHER_LOCK_SECONDS, TABLE, Completion, Database, Problem
+from .base import DISPATCHER_LOCK_SECONDS, Database, Problem
+from .completing import TABLE, Completion
 from .sessions import SAVEPOINT, Session
 
 # UPDATE ... RETURNING: https://sqlite.org/lang_returning.html

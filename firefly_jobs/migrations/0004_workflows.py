@@ -146,6 +146,11 @@ class Migration(migrations.Migration):
         ),
         migrations.AddField(
             model_name="taskmodel",
+            name="next_gate",
+            field=models.BigIntegerField(blank=True, editable=False, null=True),
+        ),
+        migrations.AddField(
+            model_name="taskmodel",
             name="workflow",
             field=models.ForeignKey(
                 blank=True,

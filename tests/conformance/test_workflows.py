@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from django.db import connection, transaction
 
 from firefly_jobs import (
     Workflow,
@@ -11,15 +12,26 @@ from firefly_jobs import (
     chain,
     chord,
     current_task,
+    databases,
     dependencies,
     group,
     lifecycle,
     task,
 )
-from firefly_jobs.databases import Completion
+from firefly_jobs.databases import Completion, Database
+from firefly_jobs.databases.functions import Isolation
 from firefly_jobs.models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowStep
 from tests.conformance import tasks
-from tests.conformance.support import claim, consuming, run_burst
+from tests.conformance.support import (
+    analyze,
+    captured_statements,
+    claim,
+    consuming,
+    repeatable_reads,
+    rows_read,
+    run_burst,
+)
+from tests.testapp.models import Effect
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -351,6 +363,124 @@ def test_steps_are_added_while_it_runs():
         run.add(call("too late"))
     with pytest.raises(WorkflowError, match="no step of workflow"):
         run.add(call("x"), depends_on=["nobody"])
+
+
+def insert_then(name, then=None):
+    """Return a step with an effect, so that its end is a commit of its own."""
+
+    def body():
+        Effect.objects.create(task_key=name, value=1)
+        if then is not None:
+            then(current_task().workflow)
+
+    tasks.BODIES[name] = body
+    return tasks.call.job.with_args(name).with_name(name)
+
+
+def test_steps_that_count_at_one_gate_are_counted_off_without_a_look_at_their_edges(monkeypatch):
+    asked: list[list[int]] = []
+    look = Database.edges_behind
+
+    def look_and_tell(self, connection, steps):
+        asked.append(list(steps))
+        return look(self, connection, steps)
+
+    monkeypatch.setattr(Database, "edges_behind", look_and_tell)
+    wf = Workflow("lean")
+    first = wf.add(insert_then("first"))
+    middle = [wf.add(insert_then(f"m{n}"), depends_on=first) for n in range(3)]
+    last = wf.add(insert_then("last"), depends_on=middle)
+    wf.add(insert_then("never"), depends_on=last, when="failure")
+    run = wf.schedule()
+
+    run_burst(threads=2)
+
+    assert ended(run) == ("completed", "")
+    assert Effect.objects.count() == 5
+    # Whether a failure is waited for as well stands at the edge, and so does a skipped end.
+    names = dict(WorkflowStep.objects.values_list("task", "name"))
+    assert [[names[pk] for pk in found] for found in asked] == [["last"], ["never"]]
+
+
+def grown_workflow():
+    def grow(run):
+        run.add(insert_then("late"), depends_on=["grow"])
+        run.add(insert_then("later"), depends_on=["late", "beside"])
+
+    wf = Workflow("grows")
+    grows = wf.add(insert_then("grow", grow))
+    wf.add(insert_then("beside"))
+    wf.add(insert_then("behind"), depends_on=grows)
+    return wf.schedule()
+
+
+def has_grown(run):
+    order = list(Effect.objects.order_by("pk").values_list("task_key", flat=True))
+    assert sorted(order) == ["behind", "beside", "grow", "late", "later"]
+    assert order.index("later") > order.index("late")
+    assert ended(run) == ("completed", "")
+    assert dependencies.sweep(using="default") == 0
+    return True
+
+
+def test_a_step_with_a_commit_of_its_own_lets_added_ones_go():
+    run = grown_workflow()
+    run_burst()
+
+    assert has_grown(run)
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+@pytest.mark.parametrize("group_commit", [False, True])
+def test_with_repeatable_reads_everything_follows_all_the_same(group_commit):
+    grown = grown_workflow()
+    failing_one = Workflow("fails")
+    inserts = failing_one.add(insert_then("first"))
+    fails = failing_one.add(failing("fails"), depends_on=inserts)
+    failing_one.add(call("never"), depends_on=fails)
+    failing_one.add(call("clean up"), depends_on=fails, when="always")
+    failed = failing_one.schedule()
+    links = chain(insert_then("one"), insert_then("two", WorkflowModel.cancel), call("three"))
+    cancelled = links.schedule()
+
+    with repeatable_reads():
+        # A call that meets what others have committed meanwhile is lost, and runs again.
+        with consuming(group_commit=group_commit):
+            for run in (grown, failed, cancelled):
+                run.wait(20)
+        levels = TaskModel.objects.values_list(Isolation(), flat=True)
+        with databases.of("default").own_transaction(connection):
+            assert levels[0] == "read-committed"
+        with transaction.atomic():
+            assert levels[0] == "repeatable-read"
+
+    assert ended(failed) == ("failed", "step 'fails' failed: ValueError: fails")
+    assert ran.count("clean up") == 1
+    assert ended(cancelled)[0] == "cancelled"
+    Effect.objects.filter(task_key__in=["first", "one", "two"]).delete()
+    assert has_grown(grown)
+
+
+def test_a_gate_is_found_by_its_key():
+    wf = Workflow("wide")
+    parents = [wf.add(insert_then(f"p{n}")) for n in range(30)]
+    wf.add(insert_then("last"), depends_on=parents)
+    wf.schedule()
+    others = WorkflowModel.objects.create(name="others")
+    WorkflowGate.objects.bulk_create(
+        WorkflowGate(workflow=others, rank=n, waiting_for=1) for n in range(2_000)
+    )
+    analyze()
+    done = Completion.of(claim(limit=1)[0], 0.0, "")
+    with transaction.atomic(), captured_statements() as statements:
+        is_held, counted = databases.of("default").complete_step(connection, done)
+        transaction.set_rollback(True)
+
+    assert is_held
+    assert counted == (29, False, False)
+    for sql, params in statements:
+        assert rows_read(sql, params) < 100, sql
 
 
 def test_steps_stay_until_their_workflow_has_ended():
