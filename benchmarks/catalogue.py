@@ -149,6 +149,17 @@ BENCHMARKS = (
         is_strict=True,
         is_private=True,
     ),
+    Benchmark(
+        name="workflow-chaos",
+        module="workflow_chaos",
+        help="workflows while a consumer is killed each second, and siblings that end together",
+        sizes={
+            "seconds": Size(default=60, help="how long workflows are scheduled, twice"),
+            "consumers": Size(default=4, help="consumers at a time while some are killed"),
+        },
+        rounds=1,
+        is_strict=True,
+    ),
 )
 
 BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}
