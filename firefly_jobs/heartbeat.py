@@ -6,6 +6,8 @@ time, and it takes two looks: the first marks the late consumer; only if no hear
 followed within another interval, during which this consumer could write its own, are
 its rows taken.  When the database is away, or an SQLite write lock is held for long,
 everybody is silent and nobody is dead.
+
+A consumer on this machine whose process has ended is dead at the next look.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from . import admission, dependencies, fencing, leases, messenger
-from .attempts import Claim, Ended
+from .attempts import Claim, Ended, Settlement
 from .membership import KeptConnection
 from .models import ConsumerModel
 from .reporting import log_fields, log_settled
@@ -129,6 +131,9 @@ class Heartbeat(threading.Thread):
             dependencies.sweep(using=self._using)
 
     def _rescue_the_dead(self, consumer: int) -> None:
+        for neighbour in leases.ended_neighbours(using=self._using, besides=consumer):
+            settlements, _ = leases.bury(neighbour.pk, using=self._using)
+            self._tell(settlements, neighbour, "whose process has ended")
         suspects = leases.suspects(using=self._using, besides=consumer)
         looks = {}
         for suspect in suspects:
@@ -159,12 +164,16 @@ class Heartbeat(threading.Thread):
     def _rescue(self, suspect: ConsumerModel) -> None:
         leases.end_sessions(suspect, using=self._using)
         settlements = leases.rescue(suspect, using=self._using)
+        self._tell(settlements, suspect, "which stopped renewing its lease")
+
+    def _tell(self, settlements: list[Settlement] | None, suspect: ConsumerModel, why: str) -> None:
         if not settlements:
             return
         logger.warning(
-            "Rescued %s tasks of consumer %s, which stopped renewing its lease",
+            "Rescued %s tasks of consumer %s, %s",
             len(settlements),
             suspect,
+            why,
             extra={"consumer": suspect.pk},
         )
         for settlement in settlements:

@@ -1,12 +1,14 @@
 """Consumers and their leases: heartbeats, suspicion, and taking back what the dead held.
 
 Rescue takes two looks: the first marks a consumer whose lease is over, the second takes its
-rows if it did not renew meanwhile.  What becomes of the rows ``lifecycle`` writes.
+rows if it did not renew meanwhile.  Nobody waits for one whose process has ended, as its
+supervisor or a consumer on the same machine sees.  What becomes of the rows ``lifecycle`` writes.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 
 from django.db import DatabaseError, connections
@@ -19,13 +21,21 @@ from .databases.functions import DatabaseNow, SecondsFromNow
 from .exceptions import LeaseLost
 from .lines import Lines, lines_of, without_waiting_for_ever
 from .models import ConsumerModel
+from .neighbours import MARK_LENGTH_MAX, has_ended, this_machine
 
 logger = logging.getLogger("firefly_jobs")
 
 
-def register(*, name: str, queues: Sequence[str], lease_seconds: float, using: str) -> int:
+def register(
+    *, name: str, queues: Sequence[str], lease_seconds: float, process: str | None, using: str
+) -> int:
     """Write the row of a consumer that starts, and return its id."""
-    row = ConsumerModel(name=name[:200], queues=",".join(queues), lease_seconds=lease_seconds)
+    row = ConsumerModel(
+        name=name[:200],
+        queues=",".join(queues),
+        lease_seconds=lease_seconds,
+        process=process and process[:MARK_LENGTH_MAX],
+    )
     row.save(using=using, force_insert=True)
     return row.pk
 
@@ -56,6 +66,16 @@ def suspects(*, using: str, besides: int) -> list[ConsumerModel]:
         return found
     others.filter(is_late, suspected_at__isnull=True).update(suspected_at=DatabaseNow())
     return list(others.filter(suspected_at__isnull=False))
+
+
+def ended_neighbours(*, using: str, besides: int) -> list[ConsumerModel]:
+    """Return the consumers on this machine whose processes have ended."""
+    machine = this_machine(os.getpid())
+    if machine is None:
+        return []
+    others = ConsumerModel.objects.using(using).exclude(pk=besides)
+    found = others.filter(process__startswith=f"{machine}/")
+    return [consumer for consumer in found if has_ended(consumer.process or "")]
 
 
 def end_sessions(suspect: ConsumerModel, *, using: str) -> None:
@@ -108,7 +128,7 @@ def rescue(suspect: ConsumerModel, *, using: str) -> list[Settlement] | None:
 def bury(
     consumer: int, *, using: str, verdict: Verdict | None = None
 ) -> tuple[list[Settlement], bool]:
-    """Free the rows of a consumer whose process has ended, as its supervisor saw.
+    """Free the rows of a consumer whose process has ended, as somebody on its machine saw.
 
     So nobody has to look twice, and no lease has to run out.
 

@@ -16,8 +16,10 @@ from django.db import Error, connections
 
 from . import databases, fencing, leases, lifecycle
 from .attempts import Claim, Ended, Settlement
+from .control import current_watch
 from .exceptions import LeaseLost
 from .holdings import Holdings
+from .neighbours import mark_of_this_process
 from .reporting import log_fields
 from .states import Status
 
@@ -97,6 +99,8 @@ class Membership:
             name=f"{socket.gethostname()}:{os.getpid()}",
             queues=self._queues,
             lease_seconds=self._lease_seconds,
+            # A supervisor sees the end of its processes by itself, and may know why.
+            process=None if current_watch().is_enforced else mark_of_this_process(),
             using=self._using,
         )
         self.next_reconcile_at = monotonic() + self._lease_seconds

@@ -28,6 +28,7 @@ from .databases.fields import ExactCharField, SparseJSONField, TagsField
 from .databases.functions import DatabaseNow
 from .databases.indexes import SetIndex, StatusIndex, UniqueWhereSet
 from .limits import LINE_LENGTH_MAX, RATE_LENGTH_MAX
+from .neighbours import MARK_LENGTH_MAX
 from .options import (
     DESCRIPTION_LENGTH_MAX,
     KEY_LENGTH_MAX,
@@ -339,6 +340,10 @@ class ConsumerModel(models.Model):
     lease_seconds = models.FloatField(_("lease in seconds"))
     # Written by the first look of a rescuer, cleared by the next heartbeat.
     suspected_at = models.DateTimeField(_("suspected dead"), null=True, blank=True)
+    # What others on the same machine know its process by; without, only the lease tells.
+    process = models.CharField(  # noqa: DJ001 - NULL: nothing is known
+        _("process"), max_length=MARK_LENGTH_MAX, null=True, blank=True
+    )
 
     class Meta:
         verbose_name = _("consumer")

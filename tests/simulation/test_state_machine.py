@@ -213,7 +213,13 @@ class QueueMachine(RuleBasedStateMachine):
         return self.register()
 
     def register(self) -> int:
-        pk = leases.register(name="test:1", queues=QUEUES, lease_seconds=LEASE_SECONDS, using=USING)
+        pk = leases.register(
+            name="test:1",
+            queues=QUEUES,
+            lease_seconds=LEASE_SECONDS,
+            process=None,
+            using=USING,
+        )
         self.live[pk] = Consumer()
         return pk
 
