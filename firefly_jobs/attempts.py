@@ -114,9 +114,10 @@ class Ended(StrEnum):
     RELEASED = "released"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: each call has one, and that would cost it most of a microsecond.
+@dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What happened when a claim was executed.
+    """What happened when a claim was executed; nobody changes it.
 
     Attributes:
         returned: The stored result, if the call returned.

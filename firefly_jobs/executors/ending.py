@@ -10,6 +10,7 @@ from time import perf_counter
 
 from firefly_jobs import databases, lifecycle
 from firefly_jobs.attempts import Claim, Outcome
+from firefly_jobs.databases import Completion
 from firefly_jobs.exceptions import CommitUncertain, LeaseLost
 from firefly_jobs.reporting import log_lease_lost
 from firefly_jobs.transactions import CallTransaction
@@ -53,30 +54,27 @@ class Ending:
             What is to be reported, if that failed.
         """
         claim, atomic = run.claim, run.context.task.options.atomic
-        completion = calls.completion(claim, returned, started)
-        is_settled = False
+        duration = perf_counter() - started
+        completion: Completion | None = None
         try:
             if transaction is not None and not atomic:
                 transaction.rollback()  # whatever the call itself left open
             elif transaction is not None and transaction.is_touched:
-                also = changed_settlement(run, completion)
-                transaction.commit(
-                    lambda: lifecycle.complete(completion, using=self._using, also=also)
-                )
-                is_settled = True
+                completion = Completion.of(claim, duration, returned)
+                self._commit(run, completion, transaction)
         except BaseException as error:  # noqa: BLE001 - deferred constraints, a lost lease, a broken connection
             return self.raised(claim, error, started, transaction)
-        if is_settled:
+        if completion is not None:
             self._work.settled(completion, claim)
         else:
-            outcome = Outcome(
-                claim=claim,
-                duration=completion.duration,
-                returned=returned,
-                changes=run.changes(),
-            )
+            changes = run.changes()
+            outcome = Outcome(claim=claim, duration=duration, returned=returned, changes=changes)
             self._work.ended(outcome, is_urgent=not atomic)
         return None
+
+    def _commit(self, run: Run, completion: Completion, transaction: CallTransaction) -> None:
+        also = changed_settlement(run, completion)
+        transaction.commit(lambda: lifecycle.complete(completion, using=self._using, also=also))
 
     def raised(
         self,
