@@ -72,14 +72,14 @@ def drain(url: str, *words: str) -> None:
         finish(process)
 
 
-def await_registered(process: ConsumerProcess) -> None:
-    """Wait until a consumer claims, and has had a second to come to rest.
+def await_registered(process: ConsumerProcess, *, processes: int = 1) -> None:
+    """Wait until a consumer claims with all its processes, and had a second to come to rest.
 
     Raises:
         RuntimeError: If it ended, or did not come.
     """
     deadline = time.monotonic() + START_SECONDS
-    while not ConsumerModel.objects.exists():
+    while ConsumerModel.objects.count() < processes:
         if process.returncode is not None or time.monotonic() > deadline:
             message = f"the consumer did not register:\n{process.output}"
             raise RuntimeError(message)

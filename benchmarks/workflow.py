@@ -6,9 +6,14 @@ Beside the same calls without a workflow; and how long the last one waits for it
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
+
+from django.db import connection
+from django.utils import timezone
 
 from firefly_jobs import Workflow
 from firefly_jobs.models import TaskModel, WorkflowStep
+from firefly_jobs.wakeup import announce
 
 from . import consumers, drain_db, tables, tasks
 from .figures import Figure, Mark
@@ -51,7 +56,8 @@ def _drained(run: Run, processes: int, threads: int) -> tuple[float, float]:
     count = run.size("tasks")
     tables.empty(tables.TASKS, tables.EFFECTS)
     plan = Workflow("benchmark")
-    first = plan.add(tasks.insert.job.with_args(0), name="first")
+    later = timezone.now() + timedelta(days=1)
+    first = plan.add(tasks.insert.job.with_args(0).with_eta(later), name="first")
     middle = [
         plan.add(tasks.insert.job.with_args(n), name=str(n), depends_on=first)
         for n in range(1, count - 1)
@@ -60,7 +66,12 @@ def _drained(run: Run, processes: int, threads: int) -> tuple[float, float]:
     plan.schedule()
     tables.settle(tables.TASKS)
     options = consumers.arguments(processes=processes, threads=threads)
-    consumers.drain(run.place.url, *options)
+    # No burst: while only the first step is due, all processes but one would end at once.
+    with consumers.consumer(run.place.url, *options) as process:
+        consumers.await_registered(process, processes=processes)
+        TaskModel.objects.filter(step__name="first").update(not_before=None)
+        announce(connection.alias, ("default",))
+        tables.await_drained(process)
     found = tables.rate(tables.TASKS, count)
     tables.check_inserted(count)
     last = WorkflowStep.objects.get(name="last").task

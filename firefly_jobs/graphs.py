@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import isqrt
+from random import Random
 
 from .conf import suggestion
 from .exceptions import WorkflowError
@@ -183,10 +184,13 @@ class _Drawing:
         if len(steps) <= FAN_IN_MAX:
             gate.steps = list(steps)
         else:
-            # Neighbours often end together, so they are dealt out to different counters.
+            # Neighbours often end together, so they go to different counters; and in no order,
+            # or two consumers that have met at one would meet at each that follows, in step.
+            shuffled = list(steps)
+            Random(len(steps)).shuffle(shuffled)  # noqa: S311 - no secret
             width = isqrt(len(steps) - 1) + 1
             for n in range(width):
-                if part := list(steps[n::width]):
+                if part := shuffled[n::width]:
                     self._gates.append(Gate(steps=part))
                     gate.gates.append(len(self._gates) - 1)
         self._gates.append(gate)
