@@ -250,10 +250,12 @@ class _Walk:
 
     def _stop(self, end: End) -> None:
         """Cancel what has not started because a step has failed, but for what waits for that."""
-        name = WorkflowStep.objects.using(self._using).values_list("name", flat=True).get(pk=end.id)
-        reason = f"step {name!r} failed"
-        if not self.lock_gates():
+        steps = WorkflowStep.objects.using(self._using).filter(pk=end.id)
+        name = steps.values_list("name", flat=True).first()
+        # A call that waits for the end of the workflow is no step, and stops nothing.
+        if name is None or not self.lock_gates():
             return
+        reason = f"step {name!r} failed"
         workflows = WorkflowModel.objects.using(self._using).filter(pk=self._workflow, error="")
         workflows.update(error=f"{reason}: {end.error}" if end.error else reason)
         self._cut_short(self._not_started(is_cleanup=False), f"cancelled: {reason}")

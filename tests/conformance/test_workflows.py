@@ -118,6 +118,18 @@ def test_a_failed_step_stops_the_workflow():
     assert TaskModel.objects.get(step__name="c").error == "cancelled: step 'a' failed"
 
 
+def test_a_last_call_that_fails_itself_has_failed_and_stops_nothing():
+    for job, word in ((failing("a"), "on_failure"), (call("a"), "on_success")):
+        wf = Workflow("last", **{word: failing("last")})
+        wf.add(job)
+
+        run = wf.schedule()
+        run_burst()
+
+        assert TaskModel.objects.get(pk=getattr(run, word)).status == "failed"
+        assert ended(run)[0] == ("failed" if word == "on_failure" else "completed")
+
+
 def test_an_ignored_failure_stops_nothing():
     wf = Workflow("goes on")
     a = wf.add(failing("a"), ignore_result=True)
