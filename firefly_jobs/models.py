@@ -77,9 +77,69 @@ class TaskQuerySet(models.QuerySet["TaskModel"]):
             return self.filter(func_name=task)
         return self.filter(func_name__in=[task.name, *task.options.aliases])
 
+    def active_for(self, what: Any) -> TaskQuerySet:
+        """Return the running rows of a task, a name, a workflow, or a list of these.
+
+        Args:
+            what: A decorated function, its aliases included; the name of one, a label or the
+                name of a step; a ``WorkflowModel``; or a list of these.
+
+        Raises:
+            TypeError: If it is, or has in it, something else.
+        """
+        items = what if isinstance(what, list | tuple | set | frozenset) else [what]
+        wanted = models.Q(pk__in=[])
+        for item in items:
+            wanted |= _about(item)
+        return self.filter(wanted, status=Status.RUNNING)
+
+    def names(self) -> list[str]:
+        """Return what these rows are called, each name once: their labels, else their functions."""
+        found = self.order_by().values_list("label", "func_name").distinct()
+        return sorted({label or func_name for label, func_name in found})
+
+    def lookup(self, id_or_name: int | str) -> tuple[TaskModel, Any]:
+        """Return a row and its schedule, with one query.
+
+        Args:
+            id_or_name: The row's id, a number; or a text: the name of its function, its label or
+                the name of its step.  Of several the latest is returned.
+
+        Returns:
+            The row, and ``None``, as no row has a schedule in this version.
+
+        Raises:
+            TaskModel.DoesNotExist: If there is none.
+        """
+        if isinstance(id_or_name, str):
+            rows, what = self.filter(_called(id_or_name)), "function name, label or step name"
+        else:
+            rows, what = self.filter(pk=id_or_name), "id"
+        row = rows.order_by("-pk").first()
+        if row is None:
+            message = f"There is no task with the {what} {id_or_name!r}."
+            raise self.model.DoesNotExist(message)
+        return row, None
+
     def tagged(self, *tags: str) -> TaskQuerySet:
         """Rows that have all of these tags; case counts."""
         return self.filter(tags__contains=tags)
+
+
+def _called(name: str) -> models.Q:
+    return models.Q(func_name=name) | models.Q(label=name) | models.Q(step__name=name)
+
+
+def _about(item: Any) -> models.Q:
+    """Return the condition that a row belongs to a task, a name or a workflow."""
+    if isinstance(item, str):
+        return _called(item)
+    if isinstance(item, WorkflowModel):
+        return models.Q(workflow=item.pk)
+    if hasattr(item, "row_of"):
+        return models.Q(func_name__in=[item.name, *item.options.aliases])
+    message = f"active_for() takes tasks, names and workflows, or a list of these, got {item!r}."
+    raise TypeError(message)
 
 
 class TaskModel(models.Model):
