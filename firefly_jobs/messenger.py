@@ -1,4 +1,4 @@
-"""Send the signals about tasks, each after what it tells was committed.
+"""Send the signals about tasks and workflows, each after what it tells was committed.
 
 In a process with a consumer they go through a queue to the *messenger*, a thread of its own,
 so that a slow receiver holds up neither a call nor the dispatcher; anywhere else the thread
@@ -24,7 +24,8 @@ from django.dispatch import Signal
 
 from . import signals
 from .attempts import Claim, Ended, Settlement
-from .models import TaskModel
+from .models import TaskModel, WorkflowModel
+from .states import WorkflowStatus
 from .wakeup import idle_seconds
 
 logger = logging.getLogger("firefly_jobs")
@@ -117,6 +118,30 @@ def cancelling(rows: QuerySet[TaskModel], error: str, *, using: str) -> None:
         ],
         using,
     )
+
+
+_WORKFLOW_ENDS = {
+    WorkflowStatus.COMPLETED: signals.workflow_completed,
+    WorkflowStatus.FAILED: signals.workflow_failed,
+    WorkflowStatus.CANCELLED: signals.workflow_cancelled,
+}
+
+
+def workflow_started(run: WorkflowModel, *, using: str) -> None:
+    """Tell that a workflow was scheduled in the open transaction, once it has committed."""
+    _tell_of_workflow(signals.workflow_started, run, "", using)
+
+
+def workflow_ended(run: WorkflowModel, status: WorkflowStatus, *, using: str) -> None:
+    """Tell that a workflow ends in the open transaction, once it has committed."""
+    error = run.error if status is WorkflowStatus.FAILED else ""
+    _tell_of_workflow(_WORKFLOW_ENDS[status], run, error, using)
+
+
+def _tell_of_workflow(signal: Signal, run: WorkflowModel, error: str, using: str) -> None:
+    if signal.receivers:
+        words = {"workflow_id": run.pk, "name": run.name, "error": error, "using": using}
+        _on_commit([(signal, words)], using)
 
 
 def _words(task_id: int, func_name: str, queue: str, using: str) -> dict[str, Any]:
@@ -261,11 +286,15 @@ class _Messenger:
 def _send(message: _Message) -> None:
     """Send one signal; what its receivers raise is logged."""
     signal, words = message
+    sender = WorkflowModel if "workflow_id" in words else TaskModel
     try:
-        answers = signal.send_robust(sender=TaskModel, **words)
+        answers = signal.send_robust(sender=sender, **words)
     except BaseException:
         # Receivers are user code; one of them may even have raised SystemExit.
-        logger.exception("A receiver of a signal raised", extra={"task_id": words["task_id"]})
+        logger.exception(
+            "A receiver of a signal raised",
+            extra={"task_id": words.get("task_id"), "workflow_id": words.get("workflow_id")},
+        )
         return
     for receiver, answer in answers:
         if isinstance(answer, Exception):
@@ -274,7 +303,7 @@ def _send(message: _Message) -> None:
                 getattr(receiver, "__qualname__", receiver),
                 type(answer).__name__,
                 exc_info=answer,
-                extra={"task_id": words["task_id"]},
+                extra={"task_id": words.get("task_id"), "workflow_id": words.get("workflow_id")},
             )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from django.db import connections
 
-from . import databases, enqueue
+from . import databases, enqueue, messenger
 from .graphs import Node, Plan, When
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 
@@ -66,6 +66,7 @@ def insert(
             WorkflowModel.objects.using(using).filter(pk=run.pk).update(**changes)
             for word, pk in changes.items():
                 setattr(run, word, pk)
+        messenger.workflow_started(run, using=using)
     return run
 
 

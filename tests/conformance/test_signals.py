@@ -9,11 +9,11 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.db import connection, connections, transaction
 
-from firefly_jobs import Cancel, Retry, Snooze, messenger, schedule_many, signals
+from firefly_jobs import Cancel, Retry, Snooze, Workflow, messenger, schedule_many, signals
 from firefly_jobs.attempts import Verdict
 from firefly_jobs.burials import Burials, Death
 from firefly_jobs.exceptions import TimeLimitExceeded
-from firefly_jobs.models import TaskModel
+from firefly_jobs.models import TaskModel, WorkflowModel
 from tests.conformance import tasks
 from tests.conformance.support import (
     claim_one,
@@ -27,6 +27,7 @@ from tests.conformance.support import (
     undone,
 )
 from tests.conformance.test_groups import groups, members, schedule_warm_up
+from tests.factories import unique_name
 from tests.support.waiting import eventually
 from tests.testapp.models import Effect
 
@@ -454,3 +455,119 @@ def test_scheduling_where_transactions_are_managed_by_hand_is_not_told():
             connection.set_autocommit(True)
 
     assert heard == []
+
+
+# --- workflows
+
+WORKFLOWS = ["started", "completed", "failed", "cancelled"]
+
+
+@contextmanager
+def receiving_of_workflows():
+    """Collect what the signals about workflows say."""
+    heard: list[tuple[str, dict[str, Any]]] = []
+    connected = []
+    for event in WORKFLOWS:
+        signal = getattr(signals, f"workflow_{event}")
+
+        def receive(sender, signal, event=event, **words):
+            assert sender is WorkflowModel
+            status = WorkflowModel.objects.get(pk=words["workflow_id"]).status
+            # What is told is committed; when it starts, the end may be, too.
+            assert event in {"started", status}
+            heard.append((event, words))
+
+        connected.append((signal, receive))
+        signal.connect(receive, weak=False)
+    try:
+        yield heard
+    finally:
+        for signal, receive in connected:
+            assert signal.disconnect(receive)
+
+
+def workflow(*jobs):
+    wf = Workflow("signalled")
+    for job in jobs:
+        wf.add(job)
+    return wf
+
+
+def job_of(body):
+    key = unique_name("step")
+    tasks.BODIES[key] = body
+    return tasks.call.job.with_args(key)
+
+
+@pytest.mark.parametrize(
+    ("body", "end", "error"),
+    [
+        (lambda: None, "completed", ""),
+        (create, "completed", ""),
+        (raising(ValueError("broken")), "failed", "step 'call' failed: ValueError: broken"),
+    ],
+    ids=["batched", "sync", "failed"],
+)
+def test_a_workflow_is_told_from_its_scheduling_to_its_end(body, end, error):
+    with receiving_of_workflows() as heard:
+        run = workflow(job_of(body)).schedule()
+        assert names(heard) == ["started"]
+        run_burst()
+
+    words = {"workflow_id": run.pk, "name": "signalled", "using": "default"}
+    assert heard == [("started", words | {"error": ""}), (end, words | {"error": error})]
+
+
+def test_a_workflow_that_is_cancelled_is_told_once():
+    with receiving_of_workflows() as heard:
+        run = workflow(tasks.nothing, tasks.nothing).schedule()
+        with transaction.atomic():
+            run.cancel()
+            assert names(heard) == ["started"]
+        run.cancel()
+
+    assert names(heard) == ["started", "cancelled"]
+
+
+def test_a_workflow_that_is_rolled_back_is_not_told():
+    with receiving_of_workflows() as heard, pytest.raises(LookupError):
+        undone(workflow(tasks.nothing).schedule)
+
+    assert heard == []
+
+
+def test_a_workflow_that_runs_again_is_told_of_its_second_end_only():
+    with receiving_of_workflows() as heard:
+        run = workflow(job_of(raising(ValueError()))).schedule()
+        run_burst()
+        run.retry_failed()
+        run_burst()
+
+    assert names(heard) == ["started", "failed", "failed"]
+
+
+def test_a_receiver_of_a_workflow_that_raises_is_logged_with_its_id(caplog):
+    def bad(**_):
+        raise ValueError("mine")
+
+    signals.workflow_completed.connect(bad)
+    try:
+        run = workflow(tasks.nothing).schedule()
+        run_burst()
+    finally:
+        signals.workflow_completed.disconnect(bad)
+
+    (line,) = [r for r in caplog.records if "receiver of a signal" in r.getMessage()]
+    assert line.workflow_id == run.pk
+
+
+def test_without_receivers_nothing_about_workflows_is_built(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(messenger, "_on_commit", refuse)
+    run = workflow(tasks.nothing).schedule()
+    run_burst()
+
+    run.refresh_from_db()
+    assert run.status == "completed"
