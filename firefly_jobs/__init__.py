@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .hooks import TaskHooks
     from .jobs import Job, aschedule_many, schedule_many
     from .limits import Concurrency, RateLimit
-    from .models import ConsumerModel, TaskAttempt, TaskModel, WorkflowModel
+    from .models import ConsumerModel, TaskAttempt, TaskEvent, TaskModel, WorkflowModel
     from .priorities import Priority
     from .references import TaskReference
     from .resources import Limit
@@ -73,7 +73,7 @@ _HOMES = {
     "hooks": ("TaskHooks",),
     "jobs": ("Job", "aschedule_many", "schedule_many"),
     "limits": ("Concurrency", "RateLimit"),
-    "models": ("ConsumerModel", "TaskAttempt", "TaskModel", "WorkflowModel"),
+    "models": ("ConsumerModel", "TaskAttempt", "TaskEvent", "TaskModel", "WorkflowModel"),
     "references": ("TaskReference",),
     "priorities": ("Priority",),
     "resources": ("Limit",),
@@ -112,6 +112,7 @@ __all__ = [
     "TaskAlreadyScheduled",
     "TaskAttempt",
     "TaskCancelled",
+    "TaskEvent",
     "TaskFailed",
     "TaskHooks",
     "TaskModel",

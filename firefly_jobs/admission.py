@@ -22,9 +22,10 @@ from django.db import connections
 from django.db.models import Exists, OuterRef, QuerySet, Value
 from django.db.models.functions import Concat
 
-from . import databases
+from . import databases, events
 from .attempts import Claim
 from .databases.functions import DatabaseMicroseconds
+from .event_models import EventKind
 from .fencing import held
 from .history import note_withdrawn
 from .limits import BUCKET, SLOT, bucket_line, slot_line
@@ -37,6 +38,7 @@ logger = logging.getLogger("firefly_jobs")
 
 # Lines, and rows of limits, that one sweep looks at; the next one goes on behind them.
 SWEEP_MAX = 500
+_AT_LIMIT = "it waits for a limit"
 
 
 # --- starting
@@ -138,9 +140,9 @@ class _Admission:
             groups[row.fence, stands[row.id], row.id in admitted, is_rated].append(row.id)
         for (fence, name, is_admitted, is_rated), ids in groups.items():
             if not is_admitted:
-                held(self._using, fence, *ids).update(
-                    status=Status.BLOCKED, consumer=None, started=None, limit_key=name
-                )
+                rows = held(self._using, fence, *ids)
+                events.changing(rows, EventKind.RELEASED, _AT_LIMIT, using=self._using)
+                rows.update(status=Status.BLOCKED, consumer=None, started=None, limit_key=name)
             elif is_rated:
                 # So that what the rows tell is what the bucket has counted.
                 moment = as_datetime(self._lines.now)

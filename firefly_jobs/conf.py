@@ -50,6 +50,7 @@ class Settings:
     ASYNC_CONNECTIONS: int = 8
     IMPORTS: tuple[str, ...] = ()
     HOOKS: tuple[str, ...] = ()
+    KEEP_EVENTS: bool | float = False
 
 
 def seconds(value: float | timedelta) -> float:
@@ -110,6 +111,15 @@ def _or_none(rule: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
     return lenient
 
 
+def _or_flag(rule: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    def lenient(value: Any) -> str | None:
+        if isinstance(value, bool) or not (complaint := rule(value)):
+            return None
+        return f"{complaint}, or True or False"
+
+    return lenient
+
+
 def _is_one_of(*words: str) -> Callable[[Any], str | None]:
     def rule(value: Any) -> str | None:
         return None if value in words else f"must be one of {', '.join(map(repr, words))}"
@@ -151,6 +161,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "ASYNC_CONNECTIONS": _is_count(1),
     "IMPORTS": _is_modules,
     "HOOKS": _is_dotted_names,
+    "KEEP_EVENTS": _or_flag(_is_duration(positive=True)),
 }
 
 

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 from django.db import connections, transaction
 from django.db.models import Exists, F, OuterRef, QuerySet
 
-from . import admission, databases, messenger
+from . import admission, databases, events, messenger
 from .columns import revived_columns
 from .databases import ANY_QUEUE, Counted
 from .databases.functions import DatabaseNow
+from .event_models import EventKind
 from .graphs import END_RANK, When
 from .history import note_withdrawn
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
@@ -244,6 +245,7 @@ class _Walk:
             else:
                 _write_cancelled(cancelled, error, self._using)
             self._cancelled += cancelled
+            events.told(cancelled, EventKind.CANCELLED, error, using=self._using)
             self._arrive(dict.fromkeys(cancelled, Status.CANCELLED), ())
 
     # --- stopping and ending
@@ -335,10 +337,12 @@ class _Walk:
             self._finally(pk, is_wanted=status is WorkflowStatus.FAILED, status=status)
 
     def _finally(self, pk: int, *, is_wanted: bool, status: WorkflowStatus) -> None:
+        error = f"not needed: the workflow is {status}"
         if is_wanted:
             self._let_go([pk])
-        elif _write_cancelled([pk], f"not needed: the workflow is {status}", self._using):
+        elif _write_cancelled([pk], error, self._using):
             self._cancelled.append(pk)
+            events.told([pk], EventKind.CANCELLED, error, using=self._using)
 
     # --- from the rows alone
 
@@ -351,7 +355,9 @@ class _Walk:
         rows = TaskModel.objects.using(self._using)
         for start in range(0, len(again), _BATCH):
             # Keys are unique among what has not ended; a step's own was checked when it was made.
-            rows.filter(pk__in=again[start : start + _BATCH], status__in=_ENDED).update(
+            reviving = rows.filter(pk__in=again[start : start + _BATCH], status__in=_ENDED)
+            events.reviving(reviving, using=self._using)
+            reviving.update(
                 **revived_columns() | {"status": Status.BLOCKED, "active_key": F("unique_key")}
             )
         self._reset_gates()

@@ -16,10 +16,10 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 from django.conf import settings as django_settings
-from django.db import connections, transaction
+from django.db import connections
 from django.db.models.expressions import DatabaseDefault
 
-from . import databases, messenger, serializers, unique
+from . import databases, events, messenger, serializers, unique
 from .conf import get_settings, seconds, suggestion
 from .databases import EXTRA_COLUMNS, INSERT_COLUMNS, STATEMENT_BYTES_MAX, STEP_COLUMNS
 from .databases.functions import SecondsFromNow
@@ -123,7 +123,7 @@ def insert(row: TaskModel, *, using: str | None) -> TaskModel:
     alias = _alias(using)
     if row.active_key is not None:
         return unique.insert(row, connections[alias], write=_write_unless_taken)
-    with transaction.mark_for_rollback_on_error(using=alias):
+    with events.together(alias):
         _write(connections[alias], [row])
     announce(alias, (row.queue,))
     logger.debug(
@@ -224,6 +224,7 @@ def _write(connection: Any, rows: list[TaskModel]) -> None:
         ids += insert(connection, portion, columns=columns)
     for row, pk in zip(rows, ids, strict=True):
         _settle_in(row, pk, connection)
+    events.scheduled(rows, using=connection.alias)
     messenger.scheduled(rows, using=connection.alias)
 
 
@@ -231,13 +232,14 @@ def _write_unless_taken(connection: Any, rows: list[TaskModel]) -> list[bool]:
     """Insert those of ``rows`` whose keys, all different, are free; return which."""
     values, columns = _with_extras(connection, rows)
     insert, ids = databases.of(connection.alias).insert_unless_taken, []
-    with transaction.mark_for_rollback_on_error(using=connection.alias):
+    with events.together(connection.alias):
         for portion in _portions(values):
             ids += insert(connection, portion, columns=columns)
-    for row, pk in zip(rows, ids, strict=True):
-        if pk is not None:
-            _settle_in(row, pk, connection)
-    written = [row for row, pk in zip(rows, ids, strict=True) if pk is not None]
+        for row, pk in zip(rows, ids, strict=True):
+            if pk is not None:
+                _settle_in(row, pk, connection)
+        written = [row for row, pk in zip(rows, ids, strict=True) if pk is not None]
+        events.scheduled(written, using=connection.alias)
     messenger.scheduled(written, using=connection.alias)
     return [pk is not None for pk in ids]
 

@@ -22,7 +22,7 @@ from typing import Any
 from django.db import IntegrityError, connections, transaction
 from django.db.models import QuerySet
 
-from . import admission, databases, dependencies, fencing, messenger
+from . import admission, databases, dependencies, events, fencing, messenger
 from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
 from .checkpoints import reach
 from .columns import columns_of, history_of, revived_columns
@@ -30,6 +30,7 @@ from .conf import get_settings
 from .databases import ANY_QUEUE, Completion
 from .databases.functions import DatabaseNow
 from .dependencies import End
+from .event_models import EventKind
 from .exceptions import LeaseLost
 from .fencing import claims_of, held, lease_lost
 from .history import note_withdrawn
@@ -81,6 +82,7 @@ def claim(
     )
     if claims:
         reach("claimed")
+        events.claimed(claims, using=using, consumer=consumer)
     return [
         item if item.start_by is None else item._replace(start_by=asked_at + item.start_by)
         for item in claims
@@ -98,7 +100,9 @@ def release(claims: Collection[Claim], *, using: str) -> int:
         lines.lock()
         # Few rows have been claimed often, so these are few statements.
         for fence, ids in sorted(by_fence.items()):
-            released += held(using, fence, *ids).update(
+            rows = held(using, fence, *ids)
+            events.changing(rows, EventKind.RELEASED, using=using)
+            released += rows.update(
                 status=Status.CREATED, consumer=None, started=None, limit_key=None
             )
         lines.let_go()
@@ -110,14 +114,26 @@ def release(claims: Collection[Claim], *, using: str) -> int:
 # --- settling
 
 
-def complete(completion: Completion, *, using: str, also: Settlement | None = None) -> None:
+def complete(
+    completion: Completion,
+    *,
+    using: str,
+    also: Settlement | None = None,
+    consumer: int | None = None,
+) -> None:
     """Complete a row, or write ``also``, inside the transaction that is open on this thread.
+
+    Args:
+        completion: What the call has returned.
+        using: Database alias.
+        also: The same, with columns that the call has changed.
+        consumer: The consumer's id.
 
     Raises:
         LeaseLost: If the row is not held under this fence any more.
     """
     if completion.workflow is not None and not completion.is_limited and also is None:
-        _complete_step(completion, completion.workflow, using)
+        _complete_step(completion, completion.workflow, consumer, using)
     else:
         lines = _lines_of([completion], using)
         lines.lock()
@@ -127,22 +143,26 @@ def complete(completion: Completion, *, using: str, also: Settlement | None = No
             else databases.of(using).complete(connections[using], completion)
         ):
             raise lease_lost(completion)
+        events.one_completed(completion, using=using, consumer=consumer)
         lines.let_go()
         _follow_completed([completion], using)
     announce_ended(using, (completion.id,))
     reach("settling")
 
 
-def _complete_step(completion: Completion, workflow: int, using: str) -> None:
+def _complete_step(completion: Completion, workflow: int, consumer: int | None, using: str) -> None:
     is_held, counted = databases.of(using).complete_step(connections[using], completion)
     if not is_held:
         raise lease_lost(completion)
+    events.one_completed(completion, using=using, consumer=consumer)
     if counted is None or not counted.is_of_no_consequence:
         end = End(completion.id, workflow, Status.COMPLETED)
         dependencies.follow([end], using=using, counted=counted)
 
 
-def complete_group(completions: Sequence[Completion], *, using: str) -> None:
+def complete_group(
+    completions: Sequence[Completion], *, using: str, consumer: int | None = None
+) -> None:
     """Complete all rows inside the transaction that is open on this thread's connection.
 
     Raises:
@@ -154,26 +174,31 @@ def complete_group(completions: Sequence[Completion], *, using: str) -> None:
     if count != len(completions):
         message = f"Only {count} of the {len(completions)} tasks of a group are still held."
         raise LeaseLost(message)
+    events.completed(completions, using=using, consumer=consumer)
     lines.let_go()
     _follow_completed(completions, using)
     announce_ended(using, [completion.id for completion in completions])
     reach("settling")
 
 
-def complete_many(completions: Sequence[Completion], *, using: str) -> list[Completion]:
+def complete_many(
+    completions: Sequence[Completion], *, using: str, consumer: int | None = None
+) -> list[Completion]:
     """Complete rows whose calls touched no database, as one statement if all is well.
 
-    Those that let others go take a transaction of their own, and are locked first.
+    Those that let others go, or of which events are kept, take a transaction of their own, and
+    are locked first.
 
     Returns:
         Those that were not held any more.
     """
-    leading = [completion for completion in completions if completion.lets_others_go]
-    others = [completion for completion in completions if not completion.lets_others_go]
+    are_told = events.are_kept()
+    leading = [item for item in completions if are_told or item.lets_others_go]
+    others = [item for item in completions if not (are_told or item.lets_others_go)]
     database, connection = databases.of(using), connections[using]
     count = database.complete_many(connection, others) if others else 0
     if leading:
-        count += _complete_leading(leading, using)
+        count += _complete_leading(leading, using, consumer)
     announce_ended(using, [completion.id for completion in completions])
     reach("settled")
     if count == len(completions):
@@ -188,17 +213,19 @@ def complete_many(completions: Sequence[Completion], *, using: str) -> list[Comp
     return [c for c in completions if (c.id, c.fence) not in done]
 
 
-def _complete_leading(completions: Sequence[Completion], using: str) -> int:
+def _complete_leading(completions: Sequence[Completion], using: str, consumer: int | None) -> int:
     database, connection = databases.of(using), connections[using]
     lines = _lines_of(completions, using)
-    steps = [item for item in completions if item.workflow is not None]
+    are_told = events.are_kept()
+    locked = [item for item in completions if are_told or item.workflow is not None]
     with database.own_transaction(connection):
         lines.lock()
         # Looked at before, since one that an earlier try has completed must not count twice.
-        held = set(fencing.lock_held(steps, using=using)) if steps else set()
+        held = fencing.lock_held(locked, using=using) if locked else []
         count = database.complete_many(connection, completions)
+        events.completed(held, using=using, consumer=consumer)
         lines.let_go()
-        _follow_completed([item for item in steps if item in held], using)
+        _follow_completed(held, using)
     return count
 
 
@@ -215,6 +242,7 @@ def settle(settlement: Settlement, *, using: str, consumer: int | None) -> None:
             raise lease_lost(settlement.claim)
         if settlement.is_history:
             history_of(settlement, consumer).save(using=using, force_insert=True)
+        events.settled([settlement], using=using, consumer=consumer)
         lines.let_go()
         _follow([settlement], using)
         _announce([settlement], using)
@@ -245,6 +273,7 @@ def settle_many(
         TaskAttempt.objects.using(using).bulk_create(
             [history_of(item, consumer) for item in settled if item.is_history]
         )
+        events.settled(settled, using=using, consumer=consumer)
         lines.let_go()
         _follow(settled, using)
         _announce(settled, using)
@@ -339,6 +368,7 @@ def free_rows(
     TaskAttempt.objects.using(using).bulk_create(
         [history_of(item, consumer) for item in settlements]
     )
+    events.settled(settlements, using=using, consumer=consumer)
     lines.let_go()
     _follow(settlements, using)
     _announce(settlements, using)
@@ -370,6 +400,7 @@ def cancel(ids: Sequence[int], *, using: str) -> int:
         rows = found.filter(workflow__isnull=True)
         note_withdrawn(rows, reason, using=using)
         messenger.cancelling(rows, reason, using=using)
+        events.changing(rows, EventKind.CANCELLED, reason, using=using)
         cancelled = rows.filter(limit_key__isnull=True).update(status=Status.CANCELLED, **columns)
         if cancelled < len(ids) - len(steps):
             # The others stand in a line, or have started.
@@ -402,10 +433,14 @@ def retry(ids: Sequence[int], *, using: str) -> int:
         .order_by("unique_key", "id")
         .values_list("id", "unique_key")
     )
-    retried = rows.filter(unique_key__isnull=True).update(**revived_columns())
+    plain = rows.filter(unique_key__isnull=True)
+    with events.together(using):
+        events.reviving(plain, using=using)
+        retried = plain.update(**revived_columns())
     for pk, key in keyed:
         try:
             with transaction.atomic(using=using):
+                events.reviving(rows.filter(pk=pk), using=using)
                 retried += rows.filter(pk=pk).update(active_key=key, **revived_columns())
         except IntegrityError:
             logger.warning(

@@ -5,7 +5,7 @@ changes the status of existing ones, and a running row changes only under its fe
 The verbs on :class:`TaskModel` (``cancel``, ``retry_now``) hand over to ``lifecycle``, those
 that wait for its end to ``references``.
 
-The tables of workflows stand in ``workflow_models``.
+The tables of workflows stand in ``workflow_models``, that of events in ``event_models``.
 
 To add a column: make it nullable or give it a ``db_default``, so that yesterday's
 consumer can insert into today's table.
@@ -27,6 +27,7 @@ from .conf import QUEUE_LENGTH_MAX
 from .databases.fields import ExactCharField, SparseJSONField, TagsField
 from .databases.functions import DatabaseNow
 from .databases.indexes import SetIndex, StatusIndex, UniqueWhereSet
+from .event_models import TaskEvent
 from .limits import LINE_LENGTH_MAX, RATE_LENGTH_MAX
 from .neighbours import MARK_LENGTH_MAX
 from .options import (
@@ -47,6 +48,7 @@ __all__ = [
     "ConsumerModel",
     "RateBucket",
     "TaskAttempt",
+    "TaskEvent",
     "TaskModel",
     "TaskQuerySet",
     "WorkflowEdge",

@@ -201,7 +201,7 @@ class Settler:
     def _complete(self, outcomes: list[Outcome], consumer: int) -> None:
         completions = [Completion.of(o.claim, o.duration, o.returned or "") for o in outcomes]
         try:
-            missed = lifecycle.complete_many(completions, using=self._using)
+            missed = lifecycle.complete_many(completions, using=self._using, consumer=consumer)
         except Exception as error:
             if self._may_pass(error):
                 raise

@@ -14,7 +14,8 @@ from typing import Any
 
 from django.db import OperationalError, connections
 
-from . import admission, databases
+from . import admission, databases, events
+from .event_models import EventKind
 from .exceptions import TaskAlreadyScheduled
 from .models import TaskModel
 from .states import TERMINAL, Status
@@ -127,10 +128,14 @@ def _replace(row: TaskModel, pk: int, alias: str) -> TaskModel | None:
     values = {name: getattr(row, name) for name in _REPLACED}
     waits = rows.filter(pk=pk, active_key=row.active_key, status__in=waiting)
     # Mostly it was never claimed, so it stands in no line either, and one statement does.
-    is_replaced = waits.filter(fence=0, limit_key__isnull=True).update(**values, **_RESET)
-    if is_replaced or admission.start_over(
-        pk, {**values, **_RESET}, key=row.active_key, using=alias
-    ):
+    with events.together(alias):
+        never_claimed = waits.filter(fence=0, limit_key__isnull=True)
+        is_replaced = never_claimed.update(**values, **_RESET) or admission.start_over(
+            pk, {**values, **_RESET}, key=row.active_key, using=alias
+        )
+        if is_replaced:
+            events.told([pk], EventKind.SCHEDULED, "instead of a former call", using=alias)
+    if is_replaced:
         announce(alias, (row.queue,))
         return rows.get(pk=pk)
     if databases.of(alias).holder(connections[alias], row.active_key or "") != pk:

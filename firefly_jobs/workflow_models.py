@@ -13,6 +13,7 @@ from django.db import models
 from django.utils.translation import gettext_lazy as _
 
 from .databases.functions import DatabaseNow
+from .event_models import TaskEvent
 from .graphs import When
 from .options import LABEL_LENGTH_MAX
 from .states import WorkflowStatus
@@ -67,6 +68,11 @@ class WorkflowModel(models.Model):
         from .runs import ignored_failures_of  # noqa: PLC0415 - as above
 
         return ignored_failures_of(self)
+
+    @property
+    def events(self) -> models.QuerySet[TaskEvent]:
+        """What happened to its tasks, oldest first, where ``KEEP_EVENTS`` says so."""
+        return TaskEvent.objects.using(self._state.db).filter(task__workflow=self.pk)
 
     def wait(self, timeout: float | timedelta | None = None) -> WorkflowModel:
         """Wait until it has ended, however it did; return this object, read anew.

@@ -74,7 +74,11 @@ class Ending:
 
     def _commit(self, run: Run, completion: Completion, transaction: CallTransaction) -> None:
         also = changed_settlement(run, completion)
-        transaction.commit(lambda: lifecycle.complete(completion, using=self._using, also=also))
+        transaction.commit(
+            lambda: lifecycle.complete(
+                completion, using=self._using, also=also, consumer=self._work.owner()
+            )
+        )
 
     def raised(
         self,

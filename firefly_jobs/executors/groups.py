@@ -181,15 +181,15 @@ class Group:
         return []
 
     def _settle(self) -> None:
-        using = self._transaction.using
+        using, consumer = self._transaction.using, self._work.owner()
         plain = [
             completion for claim, completion in self._members if claim.key not in self._changed
         ]
         if plain:
-            lifecycle.complete_group(plain, using=using)
+            lifecycle.complete_group(plain, using=using, consumer=consumer)
         for claim, completion in self._members:
             if (also := self._changed.get(claim.key)) is not None:
-                lifecycle.complete(completion, using=using, also=also)
+                lifecycle.complete(completion, using=using, also=also, consumer=consumer)
 
     def _still_held(self, claims: list[Claim], event: LeaseLost) -> list[Claim]:
         """Drop the claims that others have taken over; return the rest."""

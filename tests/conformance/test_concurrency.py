@@ -530,9 +530,9 @@ def test_the_next_one_goes_when_a_group_commits(monkeypatch):
     limited: list[int] = []
     settle = lifecycle.complete_group
 
-    def collect(completions, *, using):
+    def collect(completions, **words):
         limited.extend(item.id for item in completions if item.is_limited)
-        settle(completions, using=using)
+        settle(completions, **words)
 
     with mock.patch.object(lifecycle, "complete_group", collect):
         run_until_ended(*rows)

@@ -61,9 +61,9 @@ def groups():
     found = []
     settle = lifecycle.complete_group
 
-    def collect(completions, *, using):
+    def collect(completions, **words):
         found.append([completion.id for completion in completions])
-        settle(completions, using=using)
+        settle(completions, **words)
 
     with mock.patch.object(lifecycle, "complete_group", collect):
         yield found
@@ -473,10 +473,10 @@ def test_a_member_that_another_consumer_has_taken_over_is_not_called_again():
         called.append(n)
         create(n)
 
-    def steal(completions, *, using):
+    def steal(completions, **words):
         stolen = TaskModel.objects.filter(pk=rows[3].pk, fence=1)
         outside(lambda: stolen.update(fence=2, consumer=None))
-        settle(completions, using=using)
+        settle(completions, **words)
 
     schedule_warm_up()
     rows = [schedule(body, n) for n in range(6)]
@@ -495,13 +495,13 @@ def _losing(rows):
     settle = lifecycle.complete_group
     is_done: list[bool] = []
 
-    def lose(completions, *, using):
+    def lose(completions, **words):
         if not is_done and rows[3].pk in [completion.id for completion in completions]:
             is_done.append(True)
             completions = [
                 c._replace(fence=c.fence + 7) if c.id == rows[3].pk else c for c in completions
             ]
-        settle(completions, using=using)
+        settle(completions, **words)
 
     return lose
 

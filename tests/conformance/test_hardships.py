@@ -250,10 +250,10 @@ def test_an_outcome_over_which_the_connection_breaks_each_time_does_not_hold_up_
     row = schedule(lambda: "too long")
     others = [schedule(lambda: "short") for _ in range(5)]
 
-    def break_over_it(completions, *, using):
+    def break_over_it(completions, **words):
         if row.pk in [completion.id for completion in completions]:
             raise OperationalError("server has gone away")
-        return complete_many(completions, using=using)
+        return complete_many(completions, **words)
 
     def settle_what_is_left(settlement, *, using, consumer):
         if settlement.claim.id == row.pk and settlement.returned:

@@ -38,6 +38,7 @@ from firefly_jobs.models import (
     ConsumerModel,
     RateBucket,
     TaskAttempt,
+    TaskEvent,
     TaskModel,
     WorkflowEdge,
     WorkflowGate,
@@ -104,7 +105,7 @@ def test_every_exception_is_documented() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        *(TaskModel, TaskAttempt, ConsumerModel, ConcurrencySlot, RateBucket),
+        *(TaskModel, TaskAttempt, TaskEvent, ConsumerModel, ConcurrencySlot, RateBucket),
         *(WorkflowModel, WorkflowStep, WorkflowGate, WorkflowEdge),
     ],
     ids=lambda m: m.__name__,
@@ -168,10 +169,11 @@ def test_the_pauses_between_probes_are_documented() -> None:
     assert {f"{pause:g}" for pause in pauses} <= claims
 
 
-def test_every_status_and_outcome_is_documented() -> None:
+def test_every_status_outcome_and_kind_of_event_is_documented() -> None:
     text = read("reference/models.md")
     assert set(table(section(text, "Status"))) == set(states.Status.values)
     assert set(table(section(text, "Outcomes"))) == {e.value for e in TaskAttempt.Outcome}
+    assert set(table(section(text, "Kinds of events"))) == set(TaskEvent.Kind.values)
 
 
 def test_every_benchmark_is_documented_with_its_sizes() -> None:

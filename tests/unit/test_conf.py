@@ -39,7 +39,9 @@ def test_the_defaults_obey_their_own_rules():
 def test_every_rule_is_tested_here():
     tested = [*COUNTS, *POSITIVE_COUNTS, *FLAGS, *DURATIONS, *POSITIVE_DURATIONS, *TEXTS]
 
-    assert {*tested, "LEASE_SECONDS", "SERIALIZER", "IMPORTS", "HOOKS"} == set(_RULES)
+    assert {*tested, "LEASE_SECONDS", "SERIALIZER", "IMPORTS", "HOOKS", "KEEP_EVENTS"} == set(
+        _RULES
+    )
 
 
 def test_an_empty_dictionary_gives_the_documented_defaults():
@@ -214,3 +216,14 @@ def test_a_duration_may_be_a_timedelta_and_is_read_as_seconds(key):
 )
 def test_a_suggestion_is_made_for_a_word_that_is_close(word, hint):
     assert suggestion(word, ["color", "size"]) == hint
+
+
+def test_events_are_kept_for_ever_for_a_while_or_not_at_all():
+    good = [True, False, 0.5, 3600, timedelta(days=7)]
+
+    assert [problems({"KEEP_EVENTS": value}) for value in good] == [[]] * len(good)
+    for value in (None, "yes", 0, -1, math.nan, timedelta(0)):
+        assert "more than zero seconds" in complaint("KEEP_EVENTS", value)
+        assert "or True or False" in complaint("KEEP_EVENTS", value)
+    with override_settings(FIREFLY_JOBS={"KEEP_EVENTS": timedelta(days=1)}):
+        assert get_settings().KEEP_EVENTS == 86_400.0
