@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         WaitInsideTransactionError,
         WorkflowError,
     )
-    from .hooks import TaskHooks
+    from .hooks import FailedStep, TaskHooks
     from .jobs import Job, aschedule_many, schedule_many
     from .limits import Concurrency, RateLimit
     from .models import ConsumerModel, TaskAttempt, TaskEvent, TaskModel, WorkflowModel
@@ -70,7 +70,7 @@ _HOMES = {
         "WaitInsideTransactionError",
         "WorkflowError",
     ),
-    "hooks": ("TaskHooks",),
+    "hooks": ("FailedStep", "TaskHooks"),
     "jobs": ("Job", "aschedule_many", "schedule_many"),
     "limits": ("Concurrency", "RateLimit"),
     "models": ("ConsumerModel", "TaskAttempt", "TaskEvent", "TaskModel", "WorkflowModel"),
@@ -93,6 +93,7 @@ __all__ = [
     "Consumer",
     "ConsumerModel",
     "Exponential",
+    "FailedStep",
     "Fixed",
     "Job",
     "LeaseLost",

@@ -155,6 +155,7 @@ class Settlement:
         is_notable: Whether it is worth keeping; a look at how far something is, is not.
         is_history: Whether it is kept as history.
         changes: Columns that the attempt itself has changed.
+        ignores_failure: If it has failed: whether its workflow goes on; ``None``: as its step says.
     """
 
     claim: Claim
@@ -171,6 +172,7 @@ class Settlement:
     has_started: bool = True
     is_notable: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict)
+    ignores_failure: bool | None = None
 
     @property
     def is_history(self) -> bool:  # noqa: D102 - see above

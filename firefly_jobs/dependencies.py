@@ -51,6 +51,8 @@ class End(NamedTuple):
     workflow: int
     status: Status
     error: str = ""
+    # If it has failed: whether that is ignored; None: as the step says.
+    is_ignored: bool | None = None
 
 
 def follow(ends: Sequence[End], *, using: str, counted: Counted | None = None) -> None:
@@ -97,7 +99,9 @@ class _Walk:
         self._first = {end.id: end.status for end in ends}
         if not self._arrive(self._first, ignored, first=ends):
             return
-        if fatal := [e for e in ends if e.status is Status.FAILED and e.id not in ignored]:
+        fatal = [e for e in ends if e.status is Status.FAILED and e.id not in ignored]
+        self._tell(ends, fatal)
+        if fatal:
             self._stop(fatal[0])
         self._walk()
 
@@ -116,8 +120,23 @@ class _Walk:
         failed = [end.id for end in ends if end.status is Status.FAILED]
         if not failed:
             return set()
-        steps = WorkflowStep.objects.using(self._using).filter(pk__in=failed, ignore_result=True)
-        return set(steps.values_list("pk", flat=True))
+        steps = WorkflowStep.objects.using(self._using).filter(pk__in=failed)
+        for answer in (True, False):
+            if answered := [end.id for end in ends if end.is_ignored is answer]:
+                steps.filter(pk__in=answered).update(ignore_result=answer)
+        return set(steps.filter(ignore_result=True).values_list("pk", flat=True))
+
+    def _tell(self, ends: Sequence[End], fatal: Sequence[End]) -> None:
+        """Keep as events what the failures of steps mean."""
+        failed = {end.id: end for end in ends if end.status is Status.FAILED}
+        if not failed or not events.are_kept():
+            return
+        steps = WorkflowStep.objects.using(self._using).filter(pk__in=failed).order_by("pk")
+        for pk, name in steps.values_list("pk", "name"):
+            end = failed[pk]
+            outcome = "the workflow stops" if end in fatal else "the workflow goes on"
+            message = f"step {name!r} failed, {outcome}: {end.error}"
+            events.told([pk], EventKind.PREREQUISITE_FAILED, message, using=self._using)
 
     def _arrive(
         self,

@@ -5,7 +5,8 @@ or to every task (``FIREFLY_JOBS["HOOKS"]``), never to one call: nothing about h
 in a row, so a deploy changes them for what is scheduled already.
 
 Executors call hooks (``executors.hooking``).  What a hook raises is logged and changes
-nothing; only ``before_start`` may steer, by ``Retry``, ``Snooze`` or ``Cancel``.
+nothing; only ``before_start`` may steer, by ``Retry``, ``Snooze`` or ``Cancel``, and
+``on_prerequisite_failure`` by what it returns.
 
 To add a moment: a method here with its name in :data:`EVENTS`, its call in
 ``executors.hooking``, a row in ``docs/reference/hooks.md``.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,30 @@ from .exceptions import AsyncFuncNotSupportedException
 if TYPE_CHECKING:
     from .attempts import TaskContext
 
-EVENTS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
+EVENTS = (
+    "before_start",
+    "on_success",
+    "on_failure",
+    "on_retry",
+    "on_prerequisite_failure",
+    "after_return",
+)
+
+# What on_prerequisite_failure may answer, and whether the failure is ignored then.
+ANSWERS: dict[str | None, bool | None] = {"stop": False, "continue": True, None: None}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FailedStep:
+    """A step of a workflow that has failed for good.
+
+    Attributes:
+        name: Its name in the workflow.
+        error: What it raised.
+    """
+
+    name: str
+    error: BaseException
 
 
 class TaskHooks:
@@ -69,6 +94,20 @@ class TaskHooks:
             run: The attempt.
             error: What it raised.
             delay: Seconds until the next one is due.
+        """
+
+    def on_prerequisite_failure(self, run: TaskContext, failed: FailedStep) -> Any:
+        """Decide what the failure of a step means for its workflow, before that stops.
+
+        Asked when the step has failed for good, after ``on_failure``.  The first hook of the
+        step that does not answer ``None`` decides.
+
+        Args:
+            run: The last attempt of the step.
+            failed: The step and its error.
+
+        Returns:
+            ``"stop"``, ``"continue"``, as if it had ``ignore_result``; ``None``: as it has.
         """
 
     def after_return(self, run: TaskContext, status: str) -> Any:

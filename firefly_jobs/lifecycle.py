@@ -306,7 +306,13 @@ def _columns(settlement: Settlement) -> dict[str, Any]:
 def _follow(settlements: Sequence[Settlement], using: str) -> None:
     """Do what the end of steps means for their workflows."""
     ends = [
-        End(item.claim.id, item.claim.workflow, item.status, item.error or "")
+        End(
+            item.claim.id,
+            item.claim.workflow,
+            item.status,
+            item.error or "",
+            item.ignores_failure,
+        )
         for item in settlements
         if item.claim.workflow is not None and item.status.is_terminal
     ]

@@ -3,7 +3,8 @@
 ``before_start`` and ``on_success`` run where the function does: in its context, under its
 limits, in its transaction, of which a hook that raises is undone by a savepoint of its own.
 The others run once the effects are undone and it is decided what the attempt was, in
-autocommit mode and with the limits of the call once more.
+autocommit mode and with the limits of the call once more.  One of them,
+``on_prerequisite_failure``, is asked what the failure of a step means for its workflow.
 
 What a hook raises is logged.  What is raised *into* it, because the consumer stops or a
 limit is exceeded, ends the call like anything that is raised into the function.
@@ -20,12 +21,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
+from django.db import Error
 
 from firefly_jobs.attempts import Claim, Ended, Outcome, Settlement, TaskContext, decide
 from firefly_jobs.conf import get_settings
 from firefly_jobs.databases import Completion
 from firefly_jobs.exceptions import (
     Cancel,
+    LaneTimeoutError,
     LeavesGroup,
     MemoryLimitExceeded,
     Retry,
@@ -33,7 +36,8 @@ from firefly_jobs.exceptions import (
     StopRequested,
     TimeLimitExceeded,
 )
-from firefly_jobs.hooks import TaskHooks, methods_of, shared_hooks
+from firefly_jobs.hooks import ANSWERS, FailedStep, TaskHooks, methods_of, shared_hooks
+from firefly_jobs.models import WorkflowStep
 from firefly_jobs.reporting import log_fields
 from firefly_jobs.transactions import CallTransaction
 
@@ -47,6 +51,7 @@ logger = logging.getLogger("firefly_jobs")
 # What is raised into a hook from outside, and is about the call.
 _INJECTED = (StopRequested, TimeLimitExceeded, MemoryLimitExceeded, LeavesGroup)
 _STEERING = (Retry, Snooze, Cancel)
+_ASKED = "on_prerequisite_failure"
 
 
 class Run:
@@ -57,9 +62,10 @@ class Run:
         context: What ``current_task()`` returns; without arguments until they are read.
         hooks: Those of every task, then the task's own.
         variables: The context variables that the function and sync hooks share.
+        ignores_failure: What a hook has answered about the failure of a step.
     """
 
-    __slots__ = ("claim", "context", "hooks", "variables")
+    __slots__ = ("claim", "context", "hooks", "ignores_failure", "variables")
 
     def __init__(self, task: BaseTask[Any, Any], claim: Claim, *, using: str) -> None:
         self.claim = claim
@@ -68,6 +74,7 @@ class Run:
         if shared := shared_hooks():
             self.hooks = shared + self.hooks
         self.variables: Context = copy_context()
+        self.ignores_failure: bool | None = None
 
     @property
     def is_atomic(self) -> bool:
@@ -109,9 +116,11 @@ def decided(outcome: Outcome) -> Outcome:
 def with_later_changes(run: Run, outcome: Outcome) -> Outcome:
     """Return ``outcome`` with what the attempt, and its hooks, have changed until now."""
     changes = run.changes()
-    if changes == outcome.changes:
+    if changes == outcome.changes and run.ignores_failure is None:
         return outcome
-    settlement = outcome.decided and replace(outcome.decided, changes=changes)
+    settlement = outcome.decided and replace(
+        outcome.decided, changes=changes, ignores_failure=run.ignores_failure
+    )
     return replace(outcome, changes=changes, decided=settlement)
 
 
@@ -123,6 +132,8 @@ def events_after(outcome: Outcome) -> list[tuple[str, tuple[Any, ...]]]:
     events: list[tuple[str, tuple[Any, ...]]] = [("after_return", (str(settlement.ended),))]
     if settlement.ended is Ended.FAILED:
         events.insert(0, ("on_failure", (outcome.error,)))
+        if outcome.claim.workflow is not None:
+            events.insert(1, (_ASKED, (outcome.error,)))
     elif settlement.ended is Ended.RETRIED:
         events.insert(0, ("on_retry", (outcome.error, settlement.delay_seconds)))
     return events
@@ -180,7 +191,28 @@ def _run_sync(
 def finish_sync(run: Run, outcome: Outcome) -> None:
     """Call the hooks that follow an attempt without success, each whatever the others raise."""
     for event, values in events_after(outcome):
-        run.variables.run(_run_sync, run, event, *values)
+        if event == _ASKED:
+            run.variables.run(_ask_sync, run, *values)
+        else:
+            run.variables.run(_run_sync, run, event, *values)
+
+
+def _ask_sync(run: Run, error: BaseException) -> None:
+    """Ask what the failure of a step means, until a hook has an answer."""
+    methods = methods_of(run.hooks, _ASKED)
+    failed = _failed_step(run, error) if methods else None
+    if failed is None:
+        return
+    for hook, method in methods:
+        try:
+            answer = method(run.context, failed)
+        except BaseException as raised:
+            if _passes(raised, _ASKED):
+                raise
+            _log(run, hook, _ASKED, raised)
+        else:
+            if _heeds(run, hook, answer):
+                return
 
 
 # --- hooks of coroutine functions
@@ -230,7 +262,32 @@ async def _run_async(
 async def finish_async(run: Run, outcome: Outcome, *, binding: LaneBinding) -> None:
     """Await the hooks that follow an attempt without success."""
     for event, values in events_after(outcome):
-        await _run_async(run, event, *values, binding=binding, is_atomic=False)
+        if event == _ASKED:
+            await _ask_async(run, *values)
+        else:
+            await _run_async(run, event, *values, binding=binding, is_atomic=False)
+
+
+async def _ask_async(run: Run, error: BaseException) -> None:
+    """Ask what the failure of a step means, plain hooks on the lane."""
+    methods = methods_of(run.hooks, _ASKED)
+    try:
+        failed = await _awaitable(_failed_step)(run, error) if methods else None
+    except LaneTimeoutError as late:
+        _log_not_asked(run, late)
+        return
+    if failed is None:
+        return
+    for hook, method in methods:
+        try:
+            answer = await _awaitable(method)(run.context, failed)
+        except BaseException as raised:
+            if _passes(raised, _ASKED) or _is_cancelled(raised):
+                raise
+            _log(run, hook, _ASKED, raised)
+        else:
+            if _heeds(run, hook, answer):
+                return
 
 
 def _awaitable(method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
@@ -251,6 +308,43 @@ def _is_cancelled(error: BaseException) -> bool:
 
 
 # --- both
+
+
+def _failed_step(run: Run, error: BaseException) -> FailedStep | None:
+    """Return what the hooks are asked about; nothing if the task is no step, as the last call."""
+    try:
+        steps = WorkflowStep.objects.using(run.context.database).filter(pk=run.claim.id)
+        name = steps.values_list("name", flat=True).first()
+    except Error as broken:
+        _log_not_asked(run, broken)
+        return None
+    return None if name is None else FailedStep(name, error)
+
+
+def _log_not_asked(run: Run, error: Exception) -> None:
+    logger.warning(
+        "No hook was asked about the failure of task %s, as its step could not be read: %s",
+        run.claim.id,
+        error,
+        extra=log_fields(run.claim),
+    )
+
+
+def _heeds(run: Run, hook: TaskHooks, answer: Any) -> bool:
+    """Take note of what a hook has answered; return whether that decides."""
+    if answer is not None and not (isinstance(answer, str) and answer in ANSWERS):
+        logger.error(
+            "Hook %s.%s answered about task %s with something of type %s, which counts as None; it "
+            "may answer 'stop', 'continue' or None",
+            type(hook).__qualname__,
+            _ASKED,
+            run.claim.id,
+            type(answer).__name__,
+            extra=log_fields(run.claim),
+        )
+        return False
+    run.ignores_failure = ANSWERS[answer]
+    return answer is not None
 
 
 def _passes(error: BaseException, event: str) -> bool:

@@ -8,7 +8,7 @@ because these consumers run in the process of the test; see ``support.schedule``
 from collections.abc import Callable
 from typing import Any
 
-from firefly_jobs import TaskHooks, atask, task
+from firefly_jobs import FailedStep, TaskHooks, atask, task
 from firefly_jobs.attempts import TaskContext
 from tests.testapp.models import Effect
 
@@ -94,6 +94,10 @@ class PlainHooks(TaskHooks):
         """See above."""
         _hook("on_retry", run, error, delay)
 
+    def on_prerequisite_failure(self, run: TaskContext, failed: FailedStep) -> Any:
+        """See above."""
+        return _hook("on_prerequisite_failure", run, failed)
+
     def after_return(self, run: TaskContext, status: str) -> None:
         """See above."""
         _hook("after_return", run, status)
@@ -118,13 +122,18 @@ class AsyncHooks(TaskHooks):
         """See above."""
         await self._await("on_retry", run, error, delay)
 
+    async def on_prerequisite_failure(self, run: TaskContext, failed: FailedStep) -> Any:
+        """See above."""
+        return await self._await("on_prerequisite_failure", run, failed)
+
     async def after_return(self, run: TaskContext, status: str) -> None:
         """See above."""
         await self._await("after_return", run, status)
 
-    async def _await(self, event: str, run: TaskContext, *values: Any) -> None:
+    async def _await(self, event: str, run: TaskContext, *values: Any) -> Any:
         if event in HOOKS[run.args[0]]:
-            await _hook(event, run, *values)
+            return await _hook(event, run, *values)
+        return None
 
 
 @task(hooks=PlainHooks)

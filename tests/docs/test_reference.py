@@ -207,6 +207,10 @@ def test_every_hook_and_every_signal_is_documented() -> None:
     page = read("reference/hooks.md")
     documented = set(re.findall(r"^\| `(\w+)\(", section(page, "TaskHooks"), re.MULTILINE))
     assert documented == set(hooks.EVENTS)
+    answers = section(page, "What the failure of a step means")
+    assert set(re.findall(r"^\| `\"?(\w+)\"?` \|", answers, re.MULTILINE)) == set(
+        map(str, hooks.ANSWERS)
+    )
     sent = {name for name, value in vars(signals).items() if isinstance(value, Signal)}
     assert set(table(section(page, "Signals"))) == sent
 

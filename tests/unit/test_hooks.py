@@ -124,6 +124,7 @@ def test_every_method_does_nothing_by_itself():
         "on_success": [1],
         "on_failure": [1],
         "on_retry": [1, 2],
+        "on_prerequisite_failure": [1],
         "after_return": [""],
     }
 
