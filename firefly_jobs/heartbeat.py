@@ -24,6 +24,7 @@ from . import admission, dependencies, events, fencing, leases, messenger
 from .attempts import Claim, Ended, Settlement
 from .membership import KeptConnection
 from .models import ConsumerModel
+from .neighbours import has_ended
 from .reporting import log_fields, log_settled
 
 logger = logging.getLogger("firefly_jobs")
@@ -132,12 +133,12 @@ class Heartbeat(threading.Thread):
             events.sweep(using=self._using)
 
     def _rescue_the_dead(self, consumer: int) -> None:
-        for neighbour in leases.ended_neighbours(using=self._using, besides=consumer):
-            settlements, _ = leases.bury(neighbour.pk, using=self._using)
-            self._tell(settlements, neighbour, "whose process has ended")
-        suspects = leases.suspects(using=self._using, besides=consumer)
         looks = {}
-        for suspect in suspects:
+        for suspect in leases.suspects(using=self._using, besides=consumer):
+            if has_ended(suspect.process or ""):
+                settlements, _ = leases.bury(suspect.pk, using=self._using)
+                self._tell(settlements, suspect, "whose process has ended")
+                continue
             look = self._first_looks.get(suspect.pk)
             if look is None or look.renewed_at != suspect.renewed_at:
                 looks[suspect.pk] = _Look(suspect.renewed_at, monotonic())

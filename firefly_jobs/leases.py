@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 
 from django.db import DatabaseError, connections
-from django.db.models import F, Q, QuerySet
+from django.db.models import BooleanField, ExpressionWrapper, F, Q, QuerySet
 
 from . import databases, lifecycle
 from .attempts import Claim, Settlement, Verdict, decide_rescued
@@ -56,26 +56,24 @@ def renew(consumer: int, *, using: str) -> bool:
 
 
 def suspects(*, using: str, besides: int) -> list[ConsumerModel]:
-    """Take the first look: mark consumers whose lease is over, and return all marked ones."""
+    """Take the first look: mark consumers whose lease is over.
+
+    Returns:
+        All marked ones, and those on this machine whose processes have ended.
+    """
     others = ConsumerModel.objects.using(using).exclude(pk=besides)
     is_late = Q(renewed_at__lt=SecondsFromNow(-F("lease_seconds")))
-    found = list(others.filter(is_late | Q(suspected_at__isnull=False)))
+    is_named = Q(suspected_at__isnull=False)
+    if machine := this_machine(os.getpid()):
+        is_named |= Q(process__startswith=f"{machine}/")
     # One read tells that nobody is late, which is nearly always; and an idle SQLite
     # database is not locked by every heartbeat.
-    if all(consumer.suspected_at is not None for consumer in found):
-        return found
-    others.filter(is_late, suspected_at__isnull=True).update(suspected_at=DatabaseNow())
-    return list(others.filter(suspected_at__isnull=False))
-
-
-def ended_neighbours(*, using: str, besides: int) -> list[ConsumerModel]:
-    """Return the consumers on this machine whose processes have ended."""
-    machine = this_machine(os.getpid())
-    if machine is None:
-        return []
-    others = ConsumerModel.objects.using(using).exclude(pk=besides)
-    found = others.filter(process__startswith=f"{machine}/")
-    return [consumer for consumer in found if has_ended(consumer.process or "")]
+    lateness = ExpressionWrapper(is_late, output_field=BooleanField())
+    found = list(others.filter(is_late | is_named).annotate(is_late=lateness))
+    if any(consumer.is_late and consumer.suspected_at is None for consumer in found):
+        others.filter(is_late, suspected_at__isnull=True).update(suspected_at=DatabaseNow())
+        found = list(others.filter(is_named).annotate(is_late=lateness))
+    return [c for c in found if c.suspected_at is not None or has_ended(c.process or "")]
 
 
 def end_sessions(suspect: ConsumerModel, *, using: str) -> None:
