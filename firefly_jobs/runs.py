@@ -5,7 +5,8 @@ The verbs of ``WorkflowModel`` with the same names hand over to these functions.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -62,10 +63,10 @@ def progress_of(run: WorkflowModel) -> Progress:
     return Progress(done, found.total(), dict(found))
 
 
-def ignored_failures_of(run: WorkflowModel) -> list[str]:
+def ignored_failures_of(run: WorkflowModel, *, limit: int | None = None) -> list[str]:
     """Return the names of the steps whose failure was ignored."""
     failed = _steps_of(run).filter(task__status=Status.FAILED, ignore_result=True)
-    return list(failed.order_by("pk").values_list("name", flat=True))
+    return list(failed.order_by("pk").values_list("name", flat=True)[:limit])
 
 
 def wait(run: WorkflowModel, timeout: float | timedelta | None) -> None:
@@ -238,24 +239,48 @@ def edges_of(run: WorkflowModel) -> list[tuple[int, int, When]]:
 
     What waits for a whole level of priorities is not told step by step.
     """
-    using = run._state.db
-    sources: defaultdict[int, list[int]] = defaultdict(list)
-    steps: defaultdict[int, list[tuple[int, When]]] = defaultdict(list)
-    edges = WorkflowEdge.objects.using(using).filter(gate__workflow=run.pk).order_by("pk")
-    for gate, source in edges.filter(step=None).values_list("gate", "source"):
-        sources[gate].append(source)
-    told = edges.filter(source=None).exclude(when=When.ENDED)
-    for gate, step, when in told.values_list("gate", "step", "when"):
-        steps[gate].append((step, When(when)))
+    parents = ParentsByGate(run)
     waiting = _steps_of(run).exclude(gate=None).order_by("pk").values_list("pk", "gate")
-    found = []
-    for child, gate in waiting:
-        todo: list[Any] = [gate]
+    return [(parent, child, when) for child, gate in waiting for parent, when in parents.of(gate)]
+
+
+class ParentsByGate:
+    """Which steps are asked for at the gates of a workflow, read in two queries.
+
+    Args:
+        run: The workflow.
+        edges_max: Edges that may be read; ``None`` reads all.
+    """
+
+    def __init__(self, run: WorkflowModel, *, edges_max: int | None = None) -> None:
+        edges = WorkflowEdge.objects.using(run._state.db)
+        limit = None if edges_max is None else edges_max + 1
+        # By what they come from: gates have no index of what counts at them.
+        links = edges.filter(source__workflow=run.pk).values_list("gate", "source")
+        told = edges.filter(step__workflow=run.pk).exclude(when=When.ENDED)
+        self._sources: defaultdict[int, list[int]] = defaultdict(list)
+        self._steps: defaultdict[int, list[tuple[int, When]]] = defaultdict(list)
+        count = 0
+        for gate, source in links[:limit]:
+            self._sources[gate].append(source)
+            count += 1
+        for gate, step, when in told.values_list("gate", "step", "when")[:limit]:
+            self._steps[gate].append((step, When(when)))
+            count += 1
+        # Whether all edges were read.
+        self.is_complete = edges_max is None or count <= edges_max
+
+    def of(self, gate: int) -> list[tuple[int, When]]:
+        """Return the steps that a gate waits for, in order, and what is asked of them."""
+        return sorted(pair for one in self.gates_behind(gate) for pair in self._steps[one])
+
+    def gates_behind(self, gate: int) -> Iterator[int]:
+        """Yield a gate, and all that have to open before it."""
+        todo = deque([gate])
         while todo:
-            one = todo.pop(0)
-            found += [(parent, child, when) for parent, when in steps[one]]
-            todo += sources[one]
-    return found
+            one = todo.popleft()
+            yield one
+            todo += self._sources[one]
 
 
 def as_mermaid(run: WorkflowModel) -> str:

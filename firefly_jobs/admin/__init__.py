@@ -1,4 +1,4 @@
-"""The admin: look at tasks and consumers, retry and cancel; nothing is edited by hand.
+"""The admin: look at tasks, workflows and consumers, retry and cancel; nothing is edited by hand.
 
 The list stays quick on a million rows: it is ordered by primary key, reads at most
 :data:`COUNT_MAX` keys to count and to page, and never a payload.  What no index finds (a
@@ -14,5 +14,6 @@ from __future__ import annotations
 
 from .consumers import ConsumerAdmin
 from .tasks import TaskAdmin
+from .workflows import WorkflowAdmin
 
-__all__ = ["ConsumerAdmin", "TaskAdmin"]
+__all__ = ["ConsumerAdmin", "TaskAdmin", "WorkflowAdmin"]

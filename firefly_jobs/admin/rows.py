@@ -96,11 +96,40 @@ class BoundedPaginator(_Paginator):
         return page
 
 
-class TaskChangeList(ChangeList):
-    """The list, which reads a bounded number of rows whatever is asked for."""
+class BoundedChangeList(ChangeList):
+    """A list that reads a bounded number of rows whatever is asked for."""
 
     # The newest id that is not searched; 0 if all are.
     searched_after = 0
+    note = _("Searched among the newest {rows:,} rows only, those after id {after}.")
+
+    def bounded(self, rows: QuerySet[Any]) -> QuerySet[Any]:
+        """Return those of ``rows`` that are among the newest of the table."""
+        newest = self.root_queryset.aggregate(newest=Max("pk"))["newest"] or 0
+        self.searched_after = max(0, newest - SEARCH_ROWS)
+        return rows.filter(pk__gt=self.searched_after)
+
+    def get_results(self, request: HttpRequest) -> None:
+        """Read the rows of a single page by their keys as well, not by searching again."""
+        super().get_results(request)
+        if self.show_all or not self.multi_page:
+            self.result_list = self.paginator.rows()
+
+    @property
+    def search_note(self) -> str:
+        """What the page says about rows that were not searched."""
+        if not self.searched_after:
+            return ""
+        return str(self.note).format(rows=SEARCH_ROWS, after=self.searched_after)
+
+
+class TaskChangeList(BoundedChangeList):
+    """The list of tasks, without payloads."""
+
+    note = _(
+        "Searched among the newest {rows:,} tasks only, those after id {after}. To search all, "
+        "filter by status: failed, cancelled, blocked or running."
+    )
 
     def get_queryset(self, request: HttpRequest, *args: Any, **kwargs: Any) -> QuerySet[Any]:
         """Return the rows asked for, without payloads and as far as can be searched."""
@@ -113,29 +142,18 @@ class TaskChangeList(ChangeList):
             held = TaskModel.objects.using(rows.db).filter(status=status, consumer__gte=0)
             rows = rows.filter(pk__in=held.values("pk"))
         elif not self._is_indexed(status, set(asked)):
-            newest = self.root_queryset.aggregate(newest=Max("pk"))["newest"] or 0
-            self.searched_after = max(0, newest - SEARCH_ROWS)
-            rows = rows.filter(pk__gt=self.searched_after)
+            rows = self.bounded(rows)
         light: QuerySet[Any] = rows.defer(*_HEAVY).annotate(database_now=DatabaseNow())
         return light
 
     def _is_indexed(self, status: str | None, asked: set[str]) -> bool:
         if task_id(self.query) is not None or status in _INDEXED:
             return True
+        if WorkflowFilter.parameter_name in asked:
+            return True
         if self.query:
             return False
         return not asked or (status == Status.CREATED and asked == {QueueFilter.parameter_name})
-
-    def get_results(self, request: HttpRequest) -> None:
-        """Read the rows of a single page by their keys as well, not by searching again."""
-        super().get_results(request)
-        if self.show_all or not self.multi_page:
-            self.result_list = self.paginator.rows()
-
-    @property
-    def search_rows(self) -> int:
-        """How many rows were searched, for the page to say so."""
-        return SEARCH_ROWS
 
 
 class QueueFilter(admin.SimpleListFilter):
@@ -176,6 +194,29 @@ class FunctionFilter(admin.SimpleListFilter):
         """Return the calls of one task, under its former names as well."""
         name = self.value()
         return queryset.filter(func_name__in=names_of(name)) if name else queryset
+
+
+class WorkflowFilter(admin.SimpleListFilter):
+    """The tasks of one workflow; offered where a page of a workflow leads here."""
+
+    title = _("workflow")
+    parameter_name = "workflow"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        """Return the workflow that was asked for, if one was."""
+        value = self.value()
+        return [(value, f"#{value}")] if value else []
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        """Return the tasks of that workflow, by the index of workflows on every database."""
+        value = self.value()
+        if not value:
+            return queryset
+        number = task_id(value)
+        if number is None:
+            return queryset.none()
+        tasks = TaskModel.objects.using(queryset.db).filter(workflow=number)
+        return queryset.filter(pk__in=tasks.values("pk"))
 
 
 class ReadOnly:

@@ -21,8 +21,8 @@ from django.utils.translation import ngettext
 
 from firefly_jobs import lifecycle, registry
 from firefly_jobs.autodiscovery import import_tasks
-from firefly_jobs.models import TaskModel
-from firefly_jobs.states import TERMINAL, Status
+from firefly_jobs.models import TaskModel, WorkflowModel
+from firefly_jobs.states import TERMINAL, Status, WorkflowStatus
 
 from .presentation import NOTHING, as_call, brief_moment, moment, short_repr, shown, span, span_of
 from .rows import (
@@ -32,6 +32,7 @@ from .rows import (
     QueueFilter,
     ReadOnly,
     TaskChangeList,
+    WorkflowFilter,
     alias,
     names_of,
     task_id,
@@ -62,7 +63,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
         *("due_briefly", "created_briefly", "took", "retries"),
     )
     list_display_links = ("id", "function")
-    list_filter = ("status", QueueFilter, FunctionFilter)
+    list_filter = ("status", QueueFilter, FunctionFilter, WorkflowFilter)
     ordering = ("-id",)
     sortable_by = ("id",)
     search_fields = ("id",)
@@ -86,7 +87,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
     )
     readonly_fields = (
         *("state", "call", "result", "last_error", "created_at", "due", "started_at"),
-        *("ended_at", "took", "retries", "retry_rule", "history"),
+        *("ended_at", "took", "retries", "retry_rule", "history", "part_of"),
     )
 
     class Media:
@@ -137,6 +138,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
             obj is not None
             and obj.status in TERMINAL
             and admin.ModelAdmin.has_delete_permission(self, request, obj)
+            and not _is_needed(obj)
         )
 
     # --- actions
@@ -189,13 +191,19 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
     ) -> tuple[int, int]:
         """Apply ``verb`` in batches; return how many rows it changed and how many it left."""
         rows = list(
-            queryset.order_by("-pk").values_list("pk", "func_name", "status")[: COUNT_MAX + 1]
+            queryset.order_by("-pk").values_list("pk", "func_name", "status", "workflow")[
+                : COUNT_MAX + 1
+            ]
         )
         if len(rows) > COUNT_MAX:
             rows = rows[:COUNT_MAX]
             text = _("Only the newest {count} of the selected tasks were looked at.")
             self.message_user(request, text.format(count=f"{COUNT_MAX:,}"), messages.WARNING)
-        fit = [TaskModel(pk=pk, func_name=name) for pk, name, status in rows if status in sources]
+        if verb is lifecycle.retry:
+            rows = self._without_steps(request, rows)
+        fit = [
+            TaskModel(pk=pk, func_name=name) for pk, name, status, _run in rows if status in sources
+        ]
         done = 0
         for start in range(0, len(fit), lifecycle.BATCH_SIZE):
             batch = fit[start : start + lifecycle.BATCH_SIZE]
@@ -203,14 +211,41 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
             LogEntry.objects.log_actions(request.user.pk or 0, batch, CHANGE, note)
         return done, len(rows) - done
 
+    def _without_steps(self, request: HttpRequest, rows: list[Any]) -> list[Any]:
+        """Leave out steps of workflows, and say what they run again with."""
+        others = [row for row in rows if row[-1] is None]
+        if steps := len(rows) - len(others):
+            text = ngettext(
+                "%d step was left as it is: it runs again with its workflow.",
+                "%d steps were left as they are: they run again with their workflows.",
+                steps,
+            )
+            self.message_user(request, text % steps, messages.WARNING)
+        return others
+
     def _back(self, request: HttpRequest) -> HttpResponse | None:
         """Return to the page of the task whose button was pressed, else to the list."""
-        pk = task_id(request.POST.get("firefly_task", ""))
+        pk = task_id(request.POST.get("firefly_page", ""))
         if pk is None:
             return None
         return HttpResponseRedirect(_change_url(pk))
 
     # --- one task
+
+    def get_object(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        """Return the task, and remember whether who looks may see its workflow."""
+        task: Any = super().get_object(request, *args, **kwargs)
+        if task is not None:
+            allowed = ("view_workflowmodel", "change_workflowmodel")
+            task.has_links = any(request.user.has_perm(f"firefly_jobs.{p}") for p in allowed)
+        return task
+
+    def get_fieldsets(self, request: HttpRequest, obj: TaskModel | None = None) -> Any:
+        """Name the workflow on the page of one of its tasks."""
+        (title, first), *rest = super().get_fieldsets(request, obj)
+        if obj is None or obj.workflow_id is None:
+            return [(title, first), *rest]
+        return [(title, first | {"fields": (*first["fields"], "part_of")}), *rest]
 
     def render_change_form(
         self, request: HttpRequest, context: dict[str, Any], *args: Any, **kwargs: Any
@@ -226,6 +261,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
                     ("cancel_tasks", _("Cancel"), _CANCELLED_FROM),
                 )
                 if task.status in statuses
+                and not (name == "retry_tasks" and task.workflow_id is not None)
             ]
         return super().render_change_form(request, context, *args, **kwargs)
 
@@ -322,6 +358,20 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
             _("after {seconds} s").format(seconds=task.retry_delay) if task.max_retries else NOTHING
         )
 
+    @admin.display(description=_("workflow"))
+    def part_of(self, task: Any) -> str:
+        """Show which step of which workflow it is."""
+        run = WorkflowModel.objects.using(alias()).filter(pk=task.workflow_id).first()
+        if run is None:
+            return NOTHING
+        steps = run.steps.using(alias()).filter(pk=task.pk)
+        step = steps.values_list("name", flat=True).first()
+        what = _("step {name}").format(name=step) if step else _("when it has ended")
+        if not task.has_links:
+            return f"{run}, {what}"
+        url = reverse("admin:firefly_jobs_workflowmodel_change", args=[run.pk])
+        return format_html('<a href="{}">{}</a>, {}', url, run, what)
+
     @admin.display(description=_("arguments"))
     def call(self, task: TaskModel) -> str:
         """Show the call as it would be written, if its stored arguments can be trusted."""
@@ -362,6 +412,14 @@ def _know_tasks() -> None:
         import_tasks()
     except Exception:  # runs the project's code; the rows can be looked at without it
         logger.exception("Task modules could not be imported")
+
+
+def _is_needed(task: TaskModel) -> bool:
+    """Whether a task's workflow has not ended."""
+    if task.workflow_id is None:
+        return False
+    runs = WorkflowModel.objects.using(alias()).filter(pk=task.workflow_id)
+    return runs.filter(status=WorkflowStatus.RUNNING).exists()
 
 
 def _change_url(pk: int | str) -> str:

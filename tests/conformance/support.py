@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 from asgiref.sync import async_to_sync
 from django.db import connection, connections, transaction
+from django.db.models import Model
 from django.utils import timezone
 
 from firefly_jobs import lifecycle
@@ -194,11 +195,12 @@ def plant(
         )
 
 
-def analyze() -> None:
-    """Let the planner know what is in the table of tasks."""
+def analyze(*models: type[Model]) -> None:
+    """Let the planner know what is in some tables, by default that of tasks."""
     word = "ANALYZE TABLE" if VENDOR == "mysql" else "ANALYZE"
     with connection.cursor() as cursor:
-        cursor.execute(f"{word} {TABLE}")
+        for model in models or (TaskModel,):
+            cursor.execute(f"{word} {model._meta.db_table}")
 
 
 def ago(seconds: float) -> datetime:

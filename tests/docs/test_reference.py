@@ -29,7 +29,7 @@ from firefly_jobs import (
     slots,
     states,
 )
-from firefly_jobs.admin import presentation, rows, tasks
+from firefly_jobs.admin import layout, presentation, rows, steps, tasks, workflows
 from firefly_jobs.contrib.celery import CeleryJob
 from firefly_jobs.contrib.jobs import EmailJob, HTTPRequestJob, SQLQueryJob
 from firefly_jobs.jobs import Job
@@ -127,6 +127,9 @@ def test_every_bound_of_the_admin_is_documented() -> None:
         tasks.ATTEMPTS_SHOWN,
         presentation.ARGUMENTS_SHOWN,
         lifecycle.BATCH_SIZE,
+        *(workflows.PER_PAGE, workflows.COUNTED_MAX, workflows.CHANGED_MAX),
+        *(workflows.IGNORED_SHOWN, steps.PICTURED_MAX, steps.STEPS_SHOWN, steps.PARENTS_SHOWN),
+        *(steps.ARROWS_MAX, steps.EDGES_MAX, steps.GROUPED_MAX),
     }
     documented = _numbers(section(read("reference/admin.md"), "Bounds").partition("**")[0])
     assert documented == {f"{bound:,}" for bound in bounds}
@@ -140,9 +143,23 @@ def test_every_column_part_and_action_of_the_admin_is_documented() -> None:
         for name in tasks.TaskAdmin.list_display
     }
     assert set(table(section(page, "Columns"))) == columns
-    assert set(table(section(page, "Actions"))) == set(tasks.TaskAdmin.actions)
+    actions = {*tasks.TaskAdmin.actions, *workflows.WorkflowAdmin.actions}
+    assert set(table(section(page, "Actions"))) == actions
     parts = re.findall(r"^\| ([A-Z]\w+) \|", section(page, "One task"), re.MULTILINE)
     assert parts == [str(title) for title, _ in shown.fieldsets or () if title]
+
+
+def test_every_column_and_part_of_a_workflow_in_the_admin_is_documented() -> None:
+    text = section(read("reference/admin.md"), "Workflows")
+    shown = admin.site._registry[WorkflowModel]
+    columns = {
+        str(label_for_field(name, WorkflowModel, shown)).lower()
+        for name in workflows.WorkflowAdmin.list_display
+    }
+    parts = {str(title) for title, _ in shown.fieldsets or () if title}
+    assert set(table(text)) == columns | parts
+    words = {7: "seven", 8: "eight", 9: "nine", 10: "ten"}
+    assert f"\n{words[layout.FRAME_MIN]} or more" in text
 
 
 def test_losses_are_counted_as_the_page_says() -> None:

@@ -459,7 +459,7 @@ def test_button_leads_back_to_the_page_of_the_task(operator):
 
     response = operator.post(
         reverse(LIST),
-        {"action": "retry_tasks", "_selected_action": task.pk, "index": 0, "firefly_task": task.pk},
+        {"action": "retry_tasks", "_selected_action": task.pk, "index": 0, "firefly_page": task.pk},
     )
 
     assert response["Location"] == reverse(PAGE, args=[task.pk])
