@@ -46,6 +46,8 @@ else:
 logger = logging.getLogger("firefly_jobs")
 
 ATTEMPTS_SHOWN = 20
+EVENTS_SHOWN = 50
+_EVENTS: Any = (_("Events"), {"fields": ("happened",)})
 _RETRIED_FROM = (Status.FAILED, Status.CANCELLED)
 _CANCELLED_FROM = (Status.CREATED, Status.BLOCKED)
 
@@ -80,6 +82,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
             {"fields": ("created_at", "due", "started_at", "ended_at", "took")},
         ),
         (_("Attempts"), {"fields": ("retries", "retry_rule", "history")}),
+        _EVENTS,
         (
             _("Claim"),
             {"classes": ("collapse",), "fields": ("fence", "consumer", "rescues", "lost_alone")},
@@ -87,7 +90,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
     )
     readonly_fields = (
         *("state", "call", "result", "last_error", "created_at", "due", "started_at"),
-        *("ended_at", "took", "retries", "retry_rule", "history", "part_of"),
+        *("ended_at", "took", "retries", "retry_rule", "history", "part_of", "happened"),
     )
 
     class Media:
@@ -241,11 +244,13 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
         return task
 
     def get_fieldsets(self, request: HttpRequest, obj: TaskModel | None = None) -> Any:
-        """Name the workflow on the page of one of its tasks."""
+        """Name the workflow on the page of one of its tasks, and show events if any are kept."""
         (title, first), *rest = super().get_fieldsets(request, obj)
-        if obj is None or obj.workflow_id is None:
-            return [(title, first), *rest]
-        return [(title, first | {"fields": (*first["fields"], "part_of")}), *rest]
+        if obj is not None and obj.workflow_id is not None:
+            first = first | {"fields": (*first["fields"], "part_of")}
+        if obj is None or not obj.events.using(alias()).exists():
+            rest = [part for part in rest if part is not _EVENTS]
+        return [(title, first), *rest]
 
     def render_change_form(
         self, request: HttpRequest, context: dict[str, Any], *args: Any, **kwargs: Any
@@ -404,6 +409,19 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
         return render_to_string(
             "admin/firefly_jobs/taskmodel/attempts.html",
             {"rows": rows, "is_cut": len(newest) > ATTEMPTS_SHOWN, "shown": ATTEMPTS_SHOWN},
+        )
+
+    @admin.display(description=_("what happened"))
+    def happened(self, task: TaskModel) -> str:
+        """Show what is kept of its life, newest first."""
+        newest = list(task.events.using(alias()).order_by("-id")[: EVENTS_SHOWN + 1])
+        return render_to_string(
+            "admin/firefly_jobs/taskmodel/events.html",
+            {
+                "rows": [(event, moment(event.at)) for event in newest[:EVENTS_SHOWN]],
+                "is_cut": len(newest) > EVENTS_SHOWN,
+                "shown": EVENTS_SHOWN,
+            },
         )
 
 

@@ -125,6 +125,7 @@ def test_every_bound_of_the_admin_is_documented() -> None:
         rows.COUNT_MAX + 1,
         rows.SEARCH_ROWS,
         tasks.ATTEMPTS_SHOWN,
+        tasks.EVENTS_SHOWN,
         presentation.ARGUMENTS_SHOWN,
         lifecycle.BATCH_SIZE,
         *(workflows.PER_PAGE, workflows.COUNTED_MAX, workflows.CHANGED_MAX),

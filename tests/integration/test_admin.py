@@ -15,7 +15,7 @@ from django.urls import reverse
 from firefly_jobs import lifecycle, serializers
 from firefly_jobs.admin import rows as admin_rows
 from firefly_jobs.databases.functions import SecondsFromNow
-from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskModel
+from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskEvent, TaskModel
 from firefly_jobs.states import Status
 from tests.conftest import VENDOR
 from tests.factories import create_effect
@@ -309,6 +309,23 @@ def test_history_is_cut_at_a_stated_number_of_attempts(viewer):
     assert "snooze-24." in text
     assert "snooze-4." not in text
     assert "Only the newest 20 attempts are shown." in text
+
+
+def test_events_are_shown_where_there_are_any(viewer):
+    task, other = create_task(status=Status.CREATED), create_task(status=Status.CREATED)
+    TaskEvent.objects.create(task=task, kind="claimed", consumer=4)
+    TaskEvent.objects.bulk_create(
+        TaskEvent(task=task, kind="retried", consumer=4, message=f"<b>retry-{n}.</b>")
+        for n in range(50)
+    )
+
+    text = text_of(viewer, task)
+
+    assert text.index("retry-49.") < text.index("retry-0.")
+    assert "<b>retry" not in text
+    assert "Only the newest 50 events are shown." in text
+    assert "claimed" not in text
+    assert "what happened" not in text_of(viewer, other).lower()
 
 
 def test_payload_that_was_changed_is_not_decoded_and_the_page_says_why(viewer):
