@@ -375,23 +375,32 @@ class CallTransaction:
         self._prepared = None
         self._use_connection()
 
-    def interrupt(self, *, may_connect: bool = False) -> None:
-        """End a running statement, from another thread, where driver or server can.
+    def interruption(self, *, may_connect: bool = False) -> Callable[[], None]:
+        """Return what ends the statement that runs now, where driver or server can.
 
-        An exception was raised inside the call at the same time, maybe in the midst of the
-        driver's work, and a server may be slow to act: so the next call gets a connection
-        of its own.
+        Called from another thread, as what is returned.  An exception is raised inside the
+        call meanwhile, maybe in the midst of the driver's work, and a server may be slow to
+        act: so the next call gets a connection of its own.
 
         Args:
             may_connect: Whether to ask the server through another connection, which may
-                take a moment.
+                take a moment.  It is not asked if nothing runs: what it hit then would be the
+                queries with which the call cleans up.
         """
         self._is_torn = True
+        session, consumer = self._session, self._prepared_for
+        is_busy = False
         # The lane may drop its connection at the same moment.
         with suppress(AttributeError, Error):
-            self._session.interrupt()
-            if may_connect:
-                self._session.cancel(self._prepared_for)
+            is_busy = may_connect and session.is_busy()
+
+        def end() -> None:
+            with suppress(AttributeError, Error):
+                session.interrupt()
+                if is_busy:
+                    session.cancel(consumer)
+
+        return end
 
     def break_off(self) -> None:
         """From another thread: free what a call that cannot be interrupted holds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -76,7 +76,7 @@ class MySQLSession(Session):
     the lane's own connection.
     """
 
-    _touched = False
+    _touched = _is_sending = False
     _session_id = 0
 
     def begin(self) -> None:
@@ -86,7 +86,7 @@ class MySQLSession(Session):
 
     def watch(self, driver: Any) -> None:
         """Notice every statement, and when one of them ends the transaction."""
-        send = driver.query
+        send = self._telling(driver.query)
         # Asked here: the driver answers to one thread only.
         self._session_id = driver.thread_id()
         gone_after = {_DEADLOCK, _SNAPSHOT_CONFLICT}
@@ -132,6 +132,16 @@ class MySQLSession(Session):
 
         driver.query = query
 
+    def _telling(self, send: Callable[..., Any]) -> Callable[..., Any]:
+        def send_and_tell(*args: Any) -> Any:
+            self._is_sending = True
+            try:
+                return send(*args)
+            finally:
+                self._is_sending = False
+
+        return send_and_tell
+
     def observe(self, statement: str) -> None:
         """Do nothing: ``query`` looks at every statement, Django's among them."""
 
@@ -147,6 +157,10 @@ class MySQLSession(Session):
     def is_gone(self) -> bool:
         """Whether the server rolled back after a deadlock, or the call ended it itself."""
         return self._ended or self._has_lost_probe()
+
+    def is_busy(self) -> bool:
+        """Whether the driver waits for the answer to a statement."""
+        return self._is_sending
 
     def cancel(self, consumer: int) -> None:
         """KILL QUERY, if the session carries our mark: behind a proxy the id is a stranger's."""

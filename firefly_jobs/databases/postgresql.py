@@ -32,7 +32,7 @@ if is_psycopg3:
     from psycopg.errors import error_from_result
     from psycopg.pq import ExecStatus
 
-_IDLE, _IN_ERROR = 0, 3  # libpq's PGTransactionStatusType
+_IDLE, _ACTIVE, _IN_ERROR = 0, 1, 3  # libpq's PGTransactionStatusType
 _KEEPALIVE_SECONDS = 30
 _COPY_FROM = 1_000
 _MARK_MARGIN = "INTERVAL '1 second'"
@@ -120,6 +120,10 @@ class PostgreSQLSession(Session):
         A call that shares its transaction found it begun: idle is what it left behind.
         """
         return self._ended or self._is_shared or self._status() != _IDLE
+
+    def is_busy(self) -> bool:
+        """Whether the server has not answered yet."""
+        return self._status() == _ACTIVE
 
     def cancel(self, consumer: int) -> None:  # noqa: ARG002 - the request carries the session's own key
         """Send a cancel request; a pooler passes it on to the session that it is about."""

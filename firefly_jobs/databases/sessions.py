@@ -228,6 +228,10 @@ class Session:
     def interrupt(self) -> None:
         """End a running statement, from another thread, where the driver can."""
 
+    def is_busy(self) -> bool:
+        """Whether a statement runs at this moment; asked from another thread."""
+        return False
+
     def cancel(self, consumer: int) -> None:
         """End a running statement of ``consumer`` through another connection to the server.
 

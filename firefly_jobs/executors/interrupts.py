@@ -56,7 +56,7 @@ class Interrupt:
         error: type[BaseException] = StopRequested,
         *,
         of: Any = None,
-        also: Callable[[], object] | None = None,
+        also: Callable[[], Callable[[], object]] | None = None,
     ) -> bool:
         """Raise ``error`` inside the running call; return whether one runs.
 
@@ -66,14 +66,16 @@ class Interrupt:
         Args:
             error: What to raise; a class, since Python takes nothing else from afar.
             of: Interrupt only that call of :meth:`run`; the thread may have gone on.
-            also: Called if one runs, before the thread can go on to anything else.
+            also: Called if one runs, before it is interrupted: looks at what it does at this
+                moment, and returns what ends that, which is called afterwards.
         """
         with self._guard:
             if self._thread is None or (of is not None and of is not self._of):
                 return False
+            end = None if also is None else also()
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(self._thread), ctypes.py_object(error)
             )
-            if also is not None:
-                also()
+            if end is not None:
+                end()
         return True

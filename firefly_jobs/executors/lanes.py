@@ -220,7 +220,9 @@ class LaneBinding(Executor):
         """Raise ``error`` inside the running call, and end its statement; from any thread."""
         transaction = self._calls_on
         if self._interrupt is not None and transaction is not None:
-            self._interrupt.interrupt(error, also=lambda: transaction.interrupt(may_connect=True))
+            self._interrupt.interrupt(
+                error, also=lambda: transaction.interruption(may_connect=True)
+            )
 
     def granted(self, lane: Lane) -> None:
         """Take the lane, enter the transaction, and run what has been queued."""

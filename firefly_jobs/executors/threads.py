@@ -78,7 +78,7 @@ class SyncLane(threading.Thread):
     def interrupt(self) -> None:
         """Interrupt the running call, if one runs."""
         if self._transaction is not None:
-            self._interrupt.interrupt(also=self._transaction.interrupt)
+            self._interrupt.interrupt(also=self._transaction.interruption)
 
     def break_off(self) -> None:
         """Free what a call that did not hear :meth:`interrupt` holds in the database."""
@@ -140,7 +140,7 @@ class SyncLane(threading.Thread):
         transaction = self._transaction
         if transaction is not None:
             self._interrupt.interrupt(
-                error, of=claim, also=lambda: transaction.interrupt(may_connect=True)
+                error, of=claim, also=lambda: transaction.interruption(may_connect=True)
             )
 
     def _begin(self, claim: Claim, transaction: CallTransaction, *, atomic: bool) -> bool:

@@ -48,6 +48,13 @@ LONG_QUERY = {
     "postgresql": "SELECT pg_sleep(100)",
     "mysql": "SELECT SLEEP(100)",
 }[VENDOR]
+# One that takes longer than a request to end it takes to arrive.
+SHORT_QUERY = {
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000) "
+    "SELECT MAX(i) FROM n",
+    "postgresql": "SELECT pg_sleep(0.3)",
+    "mysql": "SELECT SLEEP(0.3)",
+}[VENDOR]
 
 
 def create(value=1):
@@ -135,6 +142,26 @@ def test_call_that_swallows_the_exception_and_returns_is_completed(settings):
     assert (row.status, row.returned, row.error) == ("completed", "in the end", "")
     assert seen == [("It ran for longer than its time_limit.", row.pk)]
     assert effects() == [1, 2]
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_queries_with_which_a_call_cleans_up_are_left_alone(settings, atomic):
+    settings.FIREFLY_JOBS = {"TIME_LIMIT_GRACE": 60}
+
+    def body():
+        create(1)
+        try:
+            spin()
+        finally:
+            # Nothing ran when the limit passed, so nothing is to be ended on the server.
+            query(connection, SHORT_QUERY)
+            cleaned.append(True)
+
+    cleaned: list[bool] = []
+    row = run_one(body, atomic=atomic, time_limit=LIMIT)
+
+    assert failed_with(row, TOO_LONG)
+    assert cleaned == [True]
 
 
 def test_call_that_swallows_the_exception_and_goes_on_is_reached_again(settings):

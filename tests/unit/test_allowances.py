@@ -190,7 +190,7 @@ def test_interrupt_of_a_call_that_is_over_does_not_reach_the_next_one():
     assert running.result() == "undisturbed"
 
 
-def test_interrupt_raises_what_it_is_given_and_does_the_rest_before_the_call_ends():
+def test_interrupt_looks_first_then_raises_and_does_the_rest_before_the_call_ends():
     interrupt, is_running, order = Interrupt(), threading.Event(), []
 
     def spin():
@@ -207,10 +207,14 @@ def test_interrupt_raises_what_it_is_given_and_does_the_rest_before_the_call_end
     running = Concurrent(thread)
     assert is_running.wait(10)
 
-    assert interrupt.interrupt(TimeLimitExceeded, of=thread, also=lambda: order.append("also"))
+    def look():
+        order.append("looked")
+        return lambda: order.append("done")
+
+    assert interrupt.interrupt(TimeLimitExceeded, of=thread, also=look)
     with pytest.raises(TimeLimitExceeded):
         running.result()
-    assert order == ["also", "ended"]
+    assert order == ["looked", "done", "ended"]
 
 
 def test_nothing_to_interrupt_is_no_mistake():
