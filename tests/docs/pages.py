@@ -23,6 +23,9 @@ PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")]
 )
 
+# Followed in projects of their own: see ``test_tutorial``.
+TUTORIALS = [DOCS / "tutorial.md", *sorted((DOCS / "tutorial").glob("*.md"))]
+
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 _MODULE = re.compile(r"# ([a-z_]+(?:/[a-z_]+)+)\.py\b")
 _EXPECTED = re.compile(r"#\s*->\s*(.+?)\s*$")

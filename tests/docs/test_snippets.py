@@ -14,14 +14,13 @@ from django.core.management import call_command, get_commands, load_command_clas
 
 from firefly_jobs import conf
 
-from .pages import DOCS, PAGES, Block, blocks, checked, name_of
+from .pages import PAGES, TUTORIALS, Block, blocks, checked, name_of
 
 OUR_COMMANDS = sorted(name for name, app in get_commands().items() if app == "firefly_jobs")
-# The tutorial is followed in a project of its own: see ``test_tutorial``.
 WITH_EXAMPLES = [
     page
     for page in PAGES
-    if page != DOCS / "tutorial.md" and any(b.language == "python" for b in blocks(page))
+    if page not in TUTORIALS and any(b.language == "python" for b in blocks(page))
 ]
 WITH_COMMANDS = [page for page in PAGES if any(block.commands for block in blocks(page))]
 

@@ -1,4 +1,4 @@
-"""The tutorial, followed step by step in an empty directory with this Python.
+"""The tutorials, followed step by step in an empty directory with this Python.
 
 Blocks whose first line is a path are written to that file ("at the end": appended).  Lines of
 ``console`` blocks that start with ``$`` are run; the others must be in their output, in
@@ -16,11 +16,21 @@ from threading import Timer
 
 import pytest
 
-from .pages import DOCS, Block, blocks
+from .pages import TUTORIALS, Block, blocks, name_of
 
-TUTORIAL = DOCS / "tutorial.md"
 SECONDS_MAX = 60
 INTERRUPT = "^C"
+# What the page tells to look at in a browser, once the file is mended.
+LOOK_AT_THE_PICTURE = """
+from django.contrib.auth.models import User
+from django.test import Client
+
+client = Client(SERVER_NAME='localhost')
+client.force_login(User.objects.get(username='anna'))
+page = client.get('/admin/firefly_jobs/workflowmodel/1/change/').content.decode()
+picture = page.partition('firefly-picture')[2].partition('</svg>')[0]
+print(picture.count('<a '), 'boxes, and', *(w for w in ('failed 1', 'completed 6') if w in picture))
+"""
 
 
 def _environment() -> dict[str, str]:
@@ -82,10 +92,21 @@ def _run(command: str, expected: list[str], directory: Path) -> None:
     assert code == 0, f"{command}\n{''.join(printed)}"
 
 
-@pytest.mark.timeout(240)
-def test_every_step_of_the_tutorial_works(tmp_path: Path) -> None:
-    for block in blocks(TUTORIAL):
+def _follow(page: Path, directory: Path) -> None:
+    for block in blocks(page):
         if block.language == "python":
-            _write(block, tmp_path)
+            _write(block, directory)
         for command, expected in _steps(block) if block.language == "console" else []:
-            _run(command, expected, tmp_path)
+            _run(command, expected, directory)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("page", TUTORIALS, ids=name_of)
+def test_every_step_of_a_tutorial_works(tmp_path: Path, page: Path) -> None:
+    _follow(page, tmp_path)
+    if page.name == "etl.md":
+        _run(
+            f'python manage.py shell -c "{LOOK_AT_THE_PICTURE}"',
+            ["7 boxes, and failed 1 completed 6"],
+            tmp_path,
+        )
