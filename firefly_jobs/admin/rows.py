@@ -208,15 +208,12 @@ class WorkflowFilter(admin.SimpleListFilter):
         return [(value, f"#{value}")] if value else []
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
-        """Return the tasks of that workflow, by the index of workflows on every database."""
+        """Return the tasks of that workflow."""
         value = self.value()
         if not value:
             return queryset
         number = task_id(value)
-        if number is None:
-            return queryset.none()
-        tasks = TaskModel.objects.using(queryset.db).filter(workflow=number)
-        return queryset.filter(pk__in=tasks.values("pk"))
+        return queryset.none() if number is None else queryset.filter(workflow=number)
 
 
 class ReadOnly:
