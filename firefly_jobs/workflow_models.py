@@ -213,9 +213,7 @@ class WorkflowEdge(models.Model):
     source = models.ForeignKey(
         WorkflowGate, on_delete=models.CASCADE, related_name="edges", null=True, blank=True
     )
-    gate = models.ForeignKey(
-        WorkflowGate, on_delete=models.CASCADE, related_name="sources", db_index=False
-    )
+    gate = models.ForeignKey(WorkflowGate, on_delete=models.CASCADE, related_name="sources")
     when = models.CharField(max_length=8, choices=[(w.value, w.value) for w in When])
 
     def __str__(self) -> str:

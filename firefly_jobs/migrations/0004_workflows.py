@@ -71,7 +71,6 @@ class Migration(migrations.Migration):
                 (
                     "gate",
                     models.ForeignKey(
-                        db_index=False,
                         on_delete=django.db.models.deletion.CASCADE,
                         related_name="sources",
                         to="firefly_jobs.workflowgate",
