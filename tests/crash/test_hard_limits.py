@@ -70,7 +70,7 @@ def test_call_stuck_in_c_code_fails_by_its_retries_and_its_neighbours_do_not_cou
     attempts = list(row.attempts.all())
     assert [attempt.outcome for attempt in attempts] == ["retried", "failed"]
     assert all(LIMIT < (attempt.duration or 0) < 10 for attempt in attempts)
-    assert len(started(supervisor)) == 3
+    eventually(lambda: _are_started(supervisor, 3), timeout_seconds=20.0)
     supervisor.wait_for_line(rf"Ended process \d+ because of task {row.pk}: It was still running")
     supervisor.wait_for_line(rf"Task .*stick #{row.pk}: retry 1/1")
     assert calls.count()["key"] == 2
@@ -95,7 +95,7 @@ def test_call_that_does_not_heed_its_limit_is_ended(supervise_one, calls, kind):
 
     assert row.error.startswith("TimeLimitExceeded: It was still running after ")
     assert calls.count() == {"key": 1}
-    assert len(started(supervisor)) == 2
+    eventually(lambda: _are_started(supervisor, 2), timeout_seconds=20.0)
     stops_in_order(supervisor)
 
 
