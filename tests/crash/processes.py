@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 from firefly_jobs.models import ConsumerModel, TaskModel
@@ -74,9 +75,10 @@ def tcp_sockets(pid: int) -> set[str]:
     """Return the inodes of the TCP sockets that a process has open."""
     inodes = set()
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        match = re.fullmatch(r"socket:\[(\d+)\]", str(path.readlink()))
-        if match:
-            inodes.add(match.group(1))
+        # What is a file may be closed meanwhile.
+        with suppress(FileNotFoundError):
+            if match := re.fullmatch(r"socket:\[(\d+)\]", str(path.readlink())):
+                inodes.add(match.group(1))
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     lines = [line for table in tables if table.exists() for line in table.read_text().splitlines()]
     return inodes & {line.split()[9] for line in lines}
