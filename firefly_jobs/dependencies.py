@@ -395,13 +395,17 @@ class _Walk:
         for gate in edges.values_list("gate", flat=True):
             counts[gate] += 1
         by_count: defaultdict[int, list[int]] = defaultdict(list)
-        for gate in gates.order_by("rank", "pk").select_for_update().values_list("pk", flat=True):
+        locked = gates.order_by("rank", "pk").select_for_update()
+        for gate, rank in locked.values_list("pk", "rank"):
             by_count[counts[gate]].append(gate)
+            if not counts[gate]:
+                # All that counted there was deleted, and nobody else would open it.
+                self._pending[rank][gate] = (0, False)
         for count, ids in by_count.items():
+            # A gate that has nothing left to count keeps what it was told before.
+            told: dict[str, Any] = {"is_unmet": False} if count else {}
             for start in range(0, len(ids), _BATCH):
-                gates.filter(pk__in=ids[start : start + _BATCH]).update(
-                    waiting_for=count, is_unmet=False
-                )
+                gates.filter(pk__in=ids[start : start + _BATCH]).update(waiting_for=count, **told)
 
 
 def _write_cancelled(ids: Sequence[int], error: str, using: str) -> int:

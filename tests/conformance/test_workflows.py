@@ -508,6 +508,39 @@ def test_steps_stay_until_their_workflow_has_ended():
     assert lifecycle.delete([done.pk], using="default") == 1
 
 
+def test_what_failed_is_run_again_though_those_before_it_were_deleted():
+    wf = Workflow("pruned")
+    a = wf.add(call("a"))
+    wf.add(call("alarm"), depends_on=a, when="failure")
+    wf.add(call("c"), depends_on=wf.add(failing("b"), depends_on=a))
+    run = wf.schedule()
+    run_burst()
+    deleted = TaskModel.objects.get(step__name="a")
+    assert lifecycle.delete([deleted.pk], using="default") == 1
+
+    run.refresh_from_db()
+    assert run.retry_failed() == 3
+    assert states(run) == {"alarm": "cancelled", "b": "created", "c": "blocked"}
+    run_burst()
+
+    assert ran == ["a", "b", "b"]
+    assert ended(run)[0] == "failed"
+
+
+def test_a_sweep_lets_go_or_ends_what_only_deleted_rows_could():
+    still = chain(call("a"), call("b")).schedule()
+    empty = chain(call("c"), call("d")).schedule()
+    TaskModel.objects.filter(step__name="a").delete()
+    TaskModel.objects.filter(workflow=empty).delete()
+
+    assert dependencies.sweep(using="default") == 2
+    run_burst()
+
+    assert ran == ["b"]
+    assert ended(still)[0] == ended(empty)[0] == "completed"
+    assert dependencies.sweep(using="default") == 0
+
+
 def test_a_workflow_that_stands_still_is_let_go_on(caplog):
     wf = Workflow("still")
     a = wf.add(call("a"))
