@@ -15,13 +15,16 @@ from pathlib import Path
 MARK_LENGTH_MAX = 120
 # What a process that was killed may be for a while: dead, with a parent that has not asked.
 _DEAD_STATES = ("Z", "X")
+# When a process started that /proc shows its own user only: hidepid in proc(5), or systemd's
+# ProtectProc.
+_HIDDEN = "hidden"
 
 
 def mark_of_this_process() -> str | None:
     """Return what tells this process from all others; ``None`` if nothing can."""
     machine = this_machine(os.getpid())
     started = _started(os.getpid())
-    if machine is None or started is None:
+    if machine is None or started in {None, _HIDDEN}:
         return None
     return f"{machine}/{os.getpid()}/{started}"
 
@@ -44,7 +47,7 @@ def has_ended(mark: str) -> bool:
     machine, _, rest = mark.rpartition("/")[0].rpartition("/")
     if machine != this_machine(os.getpid()) or not rest.isdecimal():
         return False
-    return _started(int(rest)) != mark.rpartition("/")[2]
+    return _started(int(rest)) not in {mark.rpartition("/")[2], _HIDDEN}
 
 
 def _started(process: int) -> str | None:
@@ -52,7 +55,18 @@ def _started(process: int) -> str | None:
     try:
         told = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
+        return _HIDDEN if _is_there(process) else None
     # The second field is the name in brackets, which may contain anything.
     fields = told.rpartition(")")[2].split()
     return None if fields[0] in _DEAD_STATES else fields[19]
+
+
+def _is_there(process: int) -> bool:
+    """Whether there is a process with this number, also one that only the kernel will tell of."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # of another user
+    return True

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,22 @@ def test_a_process_has_ended_once_it_was_killed_whether_anybody_asked_for_it_or_
 
 def ended(mark):
     assert neighbours.has_ended(mark)
+
+
+def test_a_process_that_proc_hides_has_ended_only_once_it_is_gone(child, monkeypatch):
+    mark = mark_of(child)
+
+    def hide(path, **_):
+        raise FileNotFoundError(path)
+
+    # As with hidepid=2, for a process of another user.
+    monkeypatch.setattr(Path, "read_text", hide)
+
+    assert not neighbours.has_ended(mark)
+    child.kill()
+    child.wait()
+    assert neighbours.has_ended(mark)
+    assert neighbours.mark_of_this_process() is None
 
 
 def test_another_process_with_the_same_number_is_another_process(child):
