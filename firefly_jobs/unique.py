@@ -47,7 +47,7 @@ def insert(row: TaskModel, connection: Any, *, write: Write) -> TaskModel:
 
     Raises:
         TaskAlreadyScheduled: If the key is taken, and the row's ``on_conflict`` says so, or
-            what should be replaced runs already.
+            what should be replaced runs already, or is part of a workflow.
     """
     database, alias = databases.of(connection.alias), connection.alias
     for left in reversed(range(TRIES_MAX)):
@@ -113,10 +113,14 @@ def _conflict(row: TaskModel, connection: Any) -> TaskModel | None:
             return None
     if row.on_conflict == "return":
         return existing
+    problem = existing.status
     if row.on_conflict == "replace":
-        return _replace(row, pk, alias)
+        if existing.workflow_id is None:
+            return _replace(row, pk, alias)
+        # Others wait for what it returns, and it perhaps for others.
+        problem = "part of a workflow and not replaced"
     message = (
-        f"Task {pk} ({existing.func_name}) with unique key {key!r} is {existing.status}, so "
+        f"Task {pk} ({existing.func_name}) with unique key {key!r} is {problem}, so "
         f"{row.func_name} was not scheduled. Use on_conflict='return' to get that row instead."
     )
     raise TaskAlreadyScheduled(message, existing)

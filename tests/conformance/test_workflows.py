@@ -6,6 +6,7 @@ import pytest
 from django.db import connection, transaction
 
 from firefly_jobs import (
+    TaskAlreadyScheduled,
     Workflow,
     WorkflowError,
     WorkflowModel,
@@ -349,6 +350,24 @@ def test_a_failed_step_is_not_revived_by_itself(caplog):
 
     assert not TaskModel.objects.get().retry_now()
     assert "use the workflow's retry_failed()" in caplog.text
+
+
+def test_a_step_is_not_replaced_by_another_call_with_its_key():
+    wf = Workflow("keyed")
+    a = wf.add(failing("a"))
+    wf.add(failing("b").with_unique_key("key"), depends_on=a, when="always")
+    run = wf.schedule()
+    run_burst()
+    run.refresh_from_db()
+    run.retry_failed()
+
+    with pytest.raises(TaskAlreadyScheduled, match="part of a workflow") as raised:
+        step.using(unique_key="key", on_conflict="replace").schedule("other")
+
+    assert raised.value.existing == TaskModel.objects.get(step__name="b")
+    assert states(run) == {"a": "created", "b": "blocked"}
+    run_burst()
+    assert ran == ["a", "b"] * 2
 
 
 def test_steps_are_added_while_it_runs():
