@@ -6,7 +6,7 @@ The verbs of ``WorkflowModel`` with the same names hand over to these functions.
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -18,19 +18,20 @@ from django.db import connections
 from django.db.models import F, Max
 
 from . import databases, enqueue
-from .conf import suggestion
+from .conf import get_settings, suggestion
 from .exceptions import WorkflowError
 from .fencing import held
 from .graphs import END_RANK, When
 from .jobs import Job
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .options import LABEL_LENGTH_MAX, check_text
-from .placeholders import StepResult, placeholders_in
+from .placeholders import ParentResults, StepResult, placeholders_in
 from .references import TaskReference, timeout_seconds_of
 from .states import Status, WorkflowStatus
 
 # How often a workflow is looked at that stands still.
 STILL_SECONDS = 0.2
+_PARENT_RESULTS = "parent_results"
 _COLOURS = {
     Status.CREATED: "fill:#e7effb,stroke:#4a74b5",
     Status.BLOCKED: "fill:#f2f2f2,stroke:#8a8a8a",
@@ -133,31 +134,23 @@ def add(
     """
     using = run._state.db or "default"
     job = job if isinstance(job, Job) else Job(job)
+    if (alias := job.options.database or get_settings().DATABASE) != using:
+        message = f"A job of database {alias!r} cannot be a step of workflow {run}, of {using!r}."
+        raise WorkflowError(message)
     named = [p.step for p in placeholders_in((job.args, job.kwargs)) if isinstance(p, StepResult)]
     with databases.of(using).write_transaction(connections[using]):
-        parents = [*_resolved(run, depends_on), *_resolved(run, named)]
-        waits_for = _lock_parents(run, {step.pk: step for step in parents}, when, using)
-        rank = _steps_of(run).filter(pk__in=waits_for).aggregate(Max("gate__rank"))
-        gate = None
-        if waits_for:
-            gate = WorkflowGate.objects.using(using).create(
-                workflow=run, rank=1 + _or(rank["gate__rank__max"], -1), waiting_for=len(waits_for)
-            )
+        # What is taken from others asks for their success, unless it is said otherwise.
+        asked = dict.fromkeys(_resolved(run, named), When.SUCCESS)
+        asked |= dict.fromkeys(_resolved(run, depends_on), when)
+        parents = {step.pk: step for step in asked}
+        conditions = {step.pk: condition for step, condition in asked.items()}
+        waits_for = _lock_parents(run, parents, conditions, using)
         end = WorkflowGate.objects.using(using).filter(workflow=run, rank=END_RANK)
-        row: TaskModel = job.row()
+        row: TaskModel = with_parent_results(job, [step.name for step in asked]).row()
         row.next_gate = end.values_list("pk", flat=True).first()
-        waiting = () if gate is None else (0,)
+        waiting = (0,) if waits_for else ()
         enqueue.insert_steps([row], workflow=run.pk, waiting=waiting, using=using)
-        step = WorkflowStep(
-            task_id=row.pk,
-            workflow=run,
-            name=_free_name(run, name, job),
-            gate=gate,
-            ignore_result=ignore_result,
-            is_cleanup=bool(waits_for) and when is not When.SUCCESS,
-        )
-        step.save(using=using, force_insert=True)
-        # The end comes last: whoever ends a step locks it after all other gates.
+        # The end comes after all other locks: whoever ends a step locks it after all other gates.
         is_open = WorkflowModel.objects.using(using).filter(
             pk=run.pk, status=WorkflowStatus.RUNNING, error="", is_cancelled=False
         )
@@ -166,7 +159,23 @@ def add(
         ):
             message = f"Workflow {run} has ended, or stops, so nothing can be added to it."
             raise WorkflowError(message)
-        edges = [WorkflowEdge(gate=gate, step_id=pk, when=when) for pk in waits_for]
+        gate = None
+        if waits_for:
+            rank = _steps_of(run).filter(pk__in=waits_for).aggregate(Max("gate__rank"))
+            gate = WorkflowGate.objects.using(using).create(
+                workflow=run, rank=1 + _or(rank["gate__rank__max"], -1), waiting_for=len(waits_for)
+            )
+        step = WorkflowStep(
+            task_id=row.pk,
+            workflow=run,
+            # Nobody else can add one, and take the name, before this transaction has ended.
+            name=_free_name(run, name, job),
+            gate=gate,
+            ignore_result=ignore_result,
+            is_cleanup=any(conditions[pk] is not When.SUCCESS for pk in waits_for),
+        )
+        step.save(using=using, force_insert=True)
+        edges = [WorkflowEdge(gate=gate, step_id=pk, when=conditions[pk]) for pk in waits_for]
         edges.append(WorkflowEdge(gate=end.get(), step_id=row.pk, when=When.ENDED))
         WorkflowEdge.objects.using(using).bulk_create(edges)
     return row
@@ -194,7 +203,7 @@ def _resolved(run: WorkflowModel, depends_on: Any) -> list[WorkflowStep]:
 
 
 def _lock_parents(
-    run: WorkflowModel, parents: dict[int, WorkflowStep], when: When, using: str
+    run: WorkflowModel, parents: dict[int, WorkflowStep], asked: dict[int, When], using: str
 ) -> list[int]:
     """Return those of ``parents`` that have not ended, and keep them from ending meanwhile."""
     rows = TaskModel.objects.using(using).filter(pk__in=list(parents)).order_by("pk")
@@ -202,7 +211,7 @@ def _lock_parents(
     for pk, status, fence in rows.select_for_update().values_list("pk", "status", "fence"):
         if not Status(status).is_terminal:
             waits_for.append(pk)
-        elif not when.is_met(Status(status), is_ignored=parents[pk].ignore_result):
+        elif not asked[pk].is_met(Status(status), is_ignored=parents[pk].ignore_result):
             message = (
                 f"A step of workflow {run} cannot depend on {parents[pk].name!r}, which is "
                 f"{status}."
@@ -223,12 +232,34 @@ def _free_name(run: WorkflowModel, name: str | None, job: Job) -> str:
             message = f"Workflow {run} has a step {name!r} already; names are unique."
             raise WorkflowError(message)
         return name
-    default = found = job.default_name
-    number = 1
-    while steps.filter(name=found).exists():
+    found = job.default_name[:LABEL_LENGTH_MAX]
+    if not steps.filter(name=found).exists():
+        return found
+    stem = found[: LABEL_LENGTH_MAX - 8]
+    # Mostly those that are counted are all of its own.
+    number = 2 + steps.filter(name__startswith=f"{stem}-").count()
+    while steps.filter(name=f"{stem}-{number}").exists():
         number += 1
-        found = f"{default}-{number}"
-    return found
+    return f"{stem}-{number}"
+
+
+def with_parent_results(job: Job, parents: Sequence[str]) -> Job:
+    """Return a job that gets the results of steps, if its function takes them.
+
+    Args:
+        job: The job.
+        parents: The names of the steps that it depends on.
+    """
+    signature = job.task.signature
+    is_taken = _PARENT_RESULTS in signature.plain.parameters
+    if not is_taken or _PARENT_RESULTS in job.kwargs:
+        return job
+    try:
+        if _PARENT_RESULTS in signature.bind(job.args, job.kwargs).arguments:
+            return job
+    except TypeError:
+        pass
+    return job.with_kwargs(parent_results=ParentResults(tuple(dict.fromkeys(parents))))
 
 
 # --- a picture

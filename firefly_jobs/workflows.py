@@ -20,10 +20,9 @@ from .graphs import Dependency, Node, When
 from .jobs import Job
 from .models import WorkflowModel, WorkflowStep
 from .options import LABEL_LENGTH_MAX
-from .placeholders import ParentResults, StepResult, placeholders_in, replaced
+from .placeholders import StepResult, placeholders_in, replaced
+from .runs import with_parent_results
 from .workflow_rows import NewStep
-
-_PARENT_RESULTS = "parent_results"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -326,7 +325,7 @@ class Workflow:
         ]
         plan = graphs.plan(nodes)
         jobs = [
-            _with_parent_results(step.job, [self._steps[d.parent].name for d in node.parents])
+            with_parent_results(step.job, [self._steps[d.parent].name for d in node.parents])
             for step, node in zip(self._steps, nodes, strict=True)
         ]
         if queue is not None:
@@ -450,20 +449,6 @@ def _renamed(job: Job, names: dict[str, str]) -> Job:
     if not _results_in(job):
         return job
     return job._copy(args=replaced(job.args, rename), kwargs=replaced(job.kwargs, rename))  # noqa: SLF001 - what else a job is made of
-
-
-def _with_parent_results(job: Job, parents: Sequence[str]) -> Job:
-    """Return a job that gets the results of its parents, if its function takes them."""
-    signature = job.task.signature
-    is_taken = _PARENT_RESULTS in signature.plain.parameters
-    if not is_taken or _PARENT_RESULTS in job.kwargs:
-        return job
-    try:
-        if _PARENT_RESULTS in signature.bind(job.args, job.kwargs).arguments:
-            return job
-    except TypeError:
-        pass
-    return job.with_kwargs(parent_results=ParentResults(tuple(dict.fromkeys(parents))))
 
 
 def _alias_of(jobs: Sequence[Job], name: str) -> str:

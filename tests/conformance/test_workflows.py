@@ -1,5 +1,6 @@
 """Workflows: steps start when they may, whatever happens to those before them."""
 
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -25,13 +26,17 @@ from firefly_jobs.models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowS
 from tests.conformance import tasks
 from tests.conformance.support import (
     analyze,
+    assert_waits_for_lock,
     captured_statements,
     claim,
     consuming,
     repeatable_reads,
     rows_read,
     run_burst,
+    session_id,
 )
+from tests.support.threads import Concurrent
+from tests.support.waiting import eventually
 from tests.testapp.models import Effect
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -394,6 +399,64 @@ def test_steps_are_added_while_it_runs():
         run.add(call("too late"))
     with pytest.raises(WorkflowError, match="no step of workflow"):
         run.add(call("x"), depends_on=["nobody"])
+
+
+def test_an_added_step_gets_results_as_a_planned_one_does():
+    wf = Workflow("results")
+    a = wf.add(call("a", 7))
+    wf.add(failing("b"), ignore_result=True)
+    run = wf.schedule()
+
+    gathered = run.add(gather, depends_on=["a", "b"])
+    # What is taken from a step asks for its success, whatever is asked of the others.
+    added = run.add(add.job.with_args(a.result, 1), depends_on=["b"], when="failure")
+    run_burst()
+
+    assert TaskModel.objects.get(pk=gathered.pk).returned == {"a": 7}
+    assert TaskModel.objects.get(pk=added.pk).returned == 8
+
+
+def test_a_step_of_another_database_is_not_added():
+    run = chain(call("a")).schedule()
+
+    with pytest.raises(WorkflowError, match="'other' cannot be a step of workflow"):
+        run.add(call("b").with_options(database="other"))
+    assert states(run) == {"a": "created"}
+
+
+def test_added_steps_are_numbered_with_few_statements_and_within_what_a_name_may_hold():
+    run = chain(call("a")).schedule()
+    names = []
+    for label in (*["q"] * 30, "q-x", *["x" * 200] * 2):
+        with captured_statements() as statements:
+            names.append(run.add(call(label)).step.name)
+        assert len(statements) < 20
+
+    assert names[:3] == ["q", "q-2", "q-3"]
+    assert names[-2:] == ["x" * 200, "x" * 192 + "-2"]
+    assert len(set(names)) == 33
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+def test_two_who_add_steps_at_once_find_names_of_their_own():
+    run = chain(call("a")).schedule()
+    sessions: SimpleQueue[int] = SimpleQueue()
+
+    def add_another():
+        with transaction.atomic():
+            connection.ensure_connection()
+            sessions.put(session_id(connection))
+            WorkflowModel.objects.get().add(call("q"))
+
+    with transaction.atomic():
+        run.add(call("q"))
+        adding = Concurrent(add_another)
+        session = sessions.get(timeout=10)
+        eventually(lambda: assert_waits_for_lock(session))
+
+    adding.result()
+    assert sorted(states(run)) == ["a", "q", "q-2"]
 
 
 def insert_then(name, then=None):
