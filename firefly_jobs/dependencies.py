@@ -30,6 +30,7 @@ from .databases.functions import DatabaseNow
 from .event_models import EventKind
 from .graphs import END_RANK, When
 from .history import note_withdrawn
+from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import Status, WorkflowStatus
 from .wakeup import announce, announce_ended
@@ -428,8 +429,13 @@ def _locked(workflow: int, using: str) -> QuerySet[WorkflowModel]:
 
 def cancel(workflow: int, *, using: str) -> bool:
     """Cancel what has not started of a workflow; return whether it had not ended."""
-    with databases.of(using).own_transaction(connections[using]):
-        return _Walk(workflow, using).cancel()
+
+    def work() -> bool:
+        with databases.of(using).own_transaction(connections[using]):
+            return _Walk(workflow, using).cancel()
+
+    # A call that has added a step holds the gate of the end, and asks for another one later.
+    return tried_again(work, using=using)
 
 
 def cancel_steps(ids: Sequence[int], error: str, *, using: str) -> int:

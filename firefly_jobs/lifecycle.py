@@ -16,11 +16,12 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from functools import partial
 from time import monotonic
 from typing import Any
 
 from django.db import IntegrityError, connections, transaction
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 
 from . import admission, databases, dependencies, events, fencing, messenger
 from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
@@ -34,7 +35,7 @@ from .event_models import EventKind
 from .exceptions import LeaseLost
 from .fencing import claims_of, held, lease_lost
 from .history import note_withdrawn
-from .lines import Lines, lines_of
+from .lines import Lines, lines_of, tried_again
 from .models import TaskAttempt, TaskModel, WorkflowModel
 from .states import TRANSITIONS, Status, WorkflowStatus
 from .wakeup import announce, announce_ended
@@ -395,15 +396,19 @@ def hasten(pk: int, *, reason: str, using: str) -> bool:
 
 def cancel(ids: Sequence[int], *, using: str) -> int:
     """Cancel rows that wait, for their start or for a retry; return how many were cancelled."""
+    return tried_again(partial(_cancel, ids, using), using=using)
+
+
+def _cancel(ids: Sequence[int], using: str) -> int:
     waiting = [Status.CREATED, Status.BLOCKED]
     found = TaskModel.objects.using(using).filter(pk__in=ids, status__in=waiting)
     reason = "cancelled while it waited"
     columns = {"error": reason, "active_key": None, "limit_key": None}
-    with databases.of(using).write_transaction(connections[using]):
+    with databases.of(using).own_transaction(connections[using]):
         # Others wait for a step, so its end is more than that of a row.
-        steps = list(found.filter(workflow__isnull=False).values_list("pk", flat=True))
+        steps = list(found.filter(step__isnull=False).values_list("pk", flat=True))
         by_step = dependencies.cancel_steps(steps, reason, using=using) if steps else 0
-        rows = found.filter(workflow__isnull=True)
+        rows = found.exclude(pk__in=steps)
         note_withdrawn(rows, reason, using=using)
         messenger.cancelling(rows, reason, using=using)
         events.changing(rows, EventKind.CANCELLED, reason, using=using)
@@ -422,17 +427,20 @@ def retry(ids: Sequence[int], *, using: str) -> int:
     """Make failed or cancelled rows due now, with all their retries; return how many.
 
     A row whose unique key another one has meanwhile is passed over, and a warning says so; so
-    is a step of a workflow, which runs again with what was cancelled because of it.
+    is a step of a workflow, which runs again with what was cancelled because of it, and what is
+    called at its end, while it has not ended.
     """
     ended = [Status.FAILED, Status.CANCELLED]
     found = TaskModel.objects.using(using).filter(pk__in=ids, status__in=ended)
-    for pk in found.filter(workflow__isnull=False).values_list("pk", flat=True):
+    is_of_workflow = Q(step__isnull=False) | Q(workflow__in=_open_workflows(using))
+    steps = list(found.filter(is_of_workflow).values_list("pk", flat=True))
+    for pk in steps:
         logger.warning(
             "Task %s is a step of a workflow; use the workflow's retry_failed()",
             pk,
             extra={"task_id": pk},
         )
-    rows = found.filter(workflow__isnull=True)
+    rows = found.exclude(pk__in=steps)
     # In one order everywhere, so that two who revive the same do not meet in a deadlock.
     keyed = list(
         rows.filter(unique_key__isnull=False)

@@ -43,6 +43,8 @@ AHEAD = 1 * SECOND
 _SPARE, _GROWTH = 3, 4
 # A key's row may be pruned between two looks, but not for ever.
 _LOCK_TRIES = 20
+# Who waits for a person's transaction may meet the next one as well.
+_DEADLOCK_TRIES = 5
 # A moment must not come before its token, and SQLite's clock has milliseconds.
 _MARGIN = timedelta(milliseconds=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -440,6 +442,21 @@ def without_waiting_for_ever(lines: Lines, work: Callable[[Lines], _T], *, using
         if not len(lines) or not databases.of(using).is_conflict(error):
             raise
     return work(Lines((), using=using))
+
+
+def tried_again(work: Callable[[], _T], *, using: str) -> _T:
+    """Return what ``work`` does; if it met others in a deadlock it is done anew.
+
+    Inside of a transaction more than that was undone, and the error is raised.
+    """
+    for _ in range(_DEADLOCK_TRIES - 1):
+        try:
+            return work()
+        except Error as error:
+            is_deadlock = databases.of(using).is_deadlock(error)
+            if not is_deadlock or connections[using].in_atomic_block:
+                raise
+    return work()
 
 
 def free(names: Collection[str], *, using: str) -> int:

@@ -194,7 +194,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
     ) -> tuple[int, int]:
         """Apply ``verb`` in batches; return how many rows it changed and how many it left."""
         rows = list(
-            queryset.order_by("-pk").values_list("pk", "func_name", "status", "workflow")[
+            queryset.order_by("-pk").values_list("pk", "func_name", "status", "step")[
                 : COUNT_MAX + 1
             ]
         )
@@ -205,7 +205,9 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
         if verb is lifecycle.retry:
             rows = self._without_steps(request, rows)
         fit = [
-            TaskModel(pk=pk, func_name=name) for pk, name, status, _run in rows if status in sources
+            TaskModel(pk=pk, func_name=name)
+            for pk, name, status, _step in rows
+            if status in sources
         ]
         done = 0
         for start in range(0, len(fit), lifecycle.BATCH_SIZE):
@@ -265,8 +267,7 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
                     ("retry_tasks", _("Retry"), _RETRIED_FROM),
                     ("cancel_tasks", _("Cancel"), _CANCELLED_FROM),
                 )
-                if task.status in statuses
-                and not (name == "retry_tasks" and task.workflow_id is not None)
+                if task.status in statuses and not (name == "retry_tasks" and hasattr(task, "step"))
             ]
         return super().render_change_form(request, context, *args, **kwargs)
 

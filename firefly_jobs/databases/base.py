@@ -292,6 +292,7 @@ class Database(Completing):
     # --- errors
 
     conflict_codes: ClassVar[frozenset[Any]] = frozenset()
+    deadlock_code: ClassVar[Any] = None
     connection_codes: ClassVar[frozenset[Any]] = frozenset()
 
     def error_code(self, error: BaseException) -> Any:
@@ -304,6 +305,11 @@ class Database(Completing):
         What counts is the first driver error on the chain of explicit causes.
         """
         return self._first_code(error) in self.conflict_codes
+
+    def is_deadlock(self, error: BaseException) -> bool:
+        """Whether ``error`` is about others as well, and nobody has waited for long."""
+        code = self._first_code(error)
+        return code is not None and code == self.deadlock_code
 
     def is_lost(self, error: BaseException) -> bool:
         """Whether one of our own statements failed in a conflict, or with its connection."""

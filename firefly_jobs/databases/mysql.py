@@ -200,6 +200,7 @@ class MySQL(Database):
     conflict_codes: ClassVar[frozenset[Any]] = frozenset(
         {_DEADLOCK, _LOCK_TIMEOUT, _SNAPSHOT_CONFLICT}
     )
+    deadlock_code = _DEADLOCK
     # killed, shut down, gone away, refused, full, not found
     connection_codes: ClassVar[frozenset[Any]] = frozenset(
         {1053, 1079, 1152, 1158, 1159, 1160, 1161, 1317, 1927}

@@ -208,6 +208,7 @@ class PostgreSQL(Database):
 
     # serialization failure, deadlock, lock not available
     conflict_codes: ClassVar[frozenset[Any]] = frozenset({"40001", "40P01", "55P03"})
+    deadlock_code = "40P01"
     # what a restart or a broken connection looks like: class 08, 57P0x, and no code at all
     connection_codes: ClassVar[frozenset[Any]] = frozenset(
         {"57P01", "57P02", "57P03", "57P05", "25P03", "no connection"}

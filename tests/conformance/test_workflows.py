@@ -240,6 +240,31 @@ def test_last_calls():
         assert ran == ["a", expected]
 
 
+def test_a_last_call_is_cancelled_and_retried_by_itself(caplog):
+    def last_of(run):
+        return TaskModel.objects.get(pk=run.on_success)
+
+    wf = Workflow("last", on_success=failing("last"))
+    wf.add(call("a"))
+    early, late, kept = wf.schedule(), wf.schedule(), wf.schedule()
+
+    assert last_of(early).cancel()
+    # It would start before its workflow has ended.
+    assert not last_of(early).retry_now()
+    assert "use the workflow's retry_failed()" in caplog.text
+    for held in claim(limit=3):
+        complete(held)
+    assert last_of(late).status == "created"
+    assert last_of(late).cancel()
+    run_burst()
+
+    assert {ended(run)[0] for run in (early, late, kept)} == {"completed"}
+    assert [last_of(r).status for r in (early, late, kept)] == ["cancelled", "cancelled", "failed"]
+    assert last_of(kept).retry_now()
+    run_burst()
+    assert ran == ["last"] * 2
+
+
 def test_circles_are_refused_and_named():
     wf = Workflow("circle")
     wf.add(call("a"), depends_on=["c"])
@@ -317,6 +342,59 @@ def test_cancelling_one_step_skips_what_needs_it():
     assert TaskModel.objects.get(step__name="c").error.startswith("skipped: ")
     run_burst()
     assert ended(run) == ("completed", "")
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+@pytest.mark.parametrize("cancel", [WorkflowModel.cancel, lambda run: run.tasks.last().cancel()])
+def test_cancelling_meets_a_call_that_has_added_a_step(cancel):
+    wf = Workflow("meets")
+    parents = [wf.add(call("a")), wf.add(call("b"))]
+    wf.add(call("c"), depends_on=parents)
+    run = wf.schedule()
+    held = claim(limit=1)[0]
+    sessions: SimpleQueue[int] = SimpleQueue()
+
+    def cancels():
+        connection.ensure_connection()
+        sessions.put(session_id(connection))
+        return cancel(WorkflowModel.objects.get())
+
+    with transaction.atomic():
+        run.add(call("late"))
+        cancelling = Concurrent(cancels)
+        session = sessions.get(timeout=10)
+        eventually(lambda: assert_waits_for_lock(session))
+        # It has locked the gate of "c", and waits for that of the end.
+        lifecycle.complete(Completion.of(held, 0.0, ""), using="default")
+
+    assert cancelling.result()
+    run_burst()
+    assert ended(run)[0] == ("cancelled" if cancel is WorkflowModel.cancel else "completed")
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+def test_with_repeatable_reads_a_step_is_cancelled_while_another_ends():
+    run = group(call("a"), call("b")).schedule()
+    held = claim(limit=1)[0]
+    sessions: SimpleQueue[int] = SimpleQueue()
+
+    def cancels():
+        connection.ensure_connection()
+        sessions.put(session_id(connection))
+        return TaskModel.objects.get(step__name="b").cancel()
+
+    with repeatable_reads():
+        with databases.of("default").own_transaction(connection):
+            lifecycle.complete(Completion.of(held, 0.0, ""), using="default")
+            cancelling = Concurrent(cancels)
+            session = sessions.get(timeout=10)
+            eventually(lambda: assert_waits_for_lock(session))
+        assert cancelling.result()
+
+    assert states(run) == {"a": "completed", "b": "cancelled"}
+    assert ended(run)[0] == "completed"
 
 
 def test_what_failed_is_run_again_and_what_completed_stays():
