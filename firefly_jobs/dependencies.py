@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from django.db import connections, transaction
 from django.db.models import Exists, F, OuterRef, QuerySet
 
-from . import admission, databases, events, messenger
+from . import admission, databases, events, following, messenger
 from .columns import revived_columns
 from .databases import ANY_QUEUE, Counted
 from .databases.functions import DatabaseNow
@@ -158,6 +158,7 @@ class _Walk:
             for step, gate, rank, when, isolation in found:
                 if first and isolation != "read-committed" and self._connection.in_atomic_block:
                     self._pending.clear()
+                    following.postpone(ids, using=self._using)
                     again = partial(_follow_after, list(first), using=self._using)
                     transaction.on_commit(again, self._using)
                     return False
@@ -380,6 +381,7 @@ class _Walk:
             reviving.update(
                 **revived_columns() | {"status": Status.BLOCKED, "active_key": F("unique_key")}
             )
+        following.take_all(self._workflow, using=self._using)
         self._reset_gates()
         steps = WorkflowStep.objects.using(self._using).filter(workflow=self._workflow)
         ended = steps.filter(task__status__in=_ENDED)
@@ -415,9 +417,10 @@ def _write_cancelled(ids: Sequence[int], error: str, using: str) -> int:
 
 
 def _follow_after(ends: Sequence[End], *, using: str) -> None:
-    """Do what follows from ends that are committed already."""
+    """Do what follows from ends that are committed already, unless a sweep has."""
     with databases.of(using).own_transaction(connections[using]):
-        follow(ends, using=using)
+        ours = following.take([end.id for end in ends], using=using)
+        follow([end for end in ends if end.id in ours], using=using)
 
 
 def _locked(workflow: int, using: str) -> QuerySet[WorkflowModel]:

@@ -634,6 +634,26 @@ def test_with_repeatable_reads_everything_follows_all_the_same(group_commit):
     assert has_grown(grown)
 
 
+@pytest.mark.postgresql
+@pytest.mark.mysql
+def test_with_repeatable_reads_an_end_counts_once_though_a_sweep_comes_before_what_follows():
+    wf = Workflow("swept")
+    a = wf.add(call("a"))
+    b = wf.add(call("b"), depends_on=a)
+    wf.add(call("c"), depends_on=[a, b])
+    run = wf.schedule()
+    held = claim()[0]
+
+    with repeatable_reads(), transaction.atomic():
+        transaction.on_commit(lambda: dependencies.sweep(using="default"))
+        lifecycle.complete(Completion.of(held, 0.0, ""), using="default")
+
+    assert states(run) == {"a": "completed", "b": "created", "c": "blocked"}
+    run_burst()
+    assert ran == ["b", "c"]
+    assert ended(run) == ("completed", "")
+
+
 def test_a_gate_is_found_by_its_key():
     wf = Workflow("wide")
     parents = [wf.add(insert_then(f"p{n}")) for n in range(30)]
