@@ -108,6 +108,9 @@ class Workflow:
         self.name = _checked_name("A workflow's name", name)
         self._steps: list[Step] = []
         self._parts: dict[str, Part] = {}
+        # All names, and the last number that was given to one, so that thousands are added soon.
+        self._taken: set[str] = set()
+        self._numbers: dict[str, int] = {}
         self._on_success = None if on_success is None else _as_job(on_success)
         self._on_failure = None if on_failure is None else _as_job(on_failure)
 
@@ -168,6 +171,7 @@ class Workflow:
             condition,
         )
         self._steps.append(step)
+        self._taken.add(step.name)
         return step
 
     add_job = add
@@ -216,19 +220,20 @@ class Workflow:
         last = [step for n, step in enumerate(copies) if n not in waited_for]
         self._steps += copies
         self._parts[own] = Part(own, tuple(copies), tuple(last))
+        self._taken.update({own}, names.values())
         return self._parts[own]
 
     def _new_name(self, name: str | None, default: str) -> str:
-        taken = {step.name for step in self._steps} | set(self._parts)
         if name is not None:
-            if _checked_name("A step's name", name) in taken:
+            if _checked_name("A step's name", name) in self._taken:
                 message = f"Workflow {self.name!r} has a step {name!r} already; names are unique."
                 raise WorkflowError(message)
             return name
-        found, number = default, 1
-        while found in taken:
+        found, number = default, self._numbers.get(default, 1)
+        while found in self._taken:
             number += 1
             found = f"{default[: LABEL_LENGTH_MAX - 8]}-{number}"
+        self._numbers[default] = number
         return found
 
     # --- the graph

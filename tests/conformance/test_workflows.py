@@ -1,5 +1,6 @@
 """Workflows: steps start when they may, whatever happens to those before them."""
 
+import sys
 from queue import SimpleQueue
 from typing import Any
 
@@ -214,6 +215,29 @@ def test_a_wide_fan_in_starts_once():
 
     assert (len(ran), ran[0], ran[-1]) == (202, "first", "last")
     assert ended(run) == ("completed", "")
+
+
+def test_thousands_of_steps_are_numbered_without_a_look_at_all_of_them():
+    def looks(count):
+        wf = Workflow("many")
+        lines = 0
+
+        def trace(_frame, event, _arg):
+            nonlocal lines
+            lines += event == "line"
+            return trace
+
+        for _ in range(count):
+            wf.add(step.job.with_args("a"))
+        former = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            assert wf.add(step.job.with_args("a")).name == f"step-{count + 1}"
+        finally:
+            sys.settrace(former)
+        return lines
+
+    assert looks(2_000) == looks(10)
 
 
 def test_sets_of_steps():
