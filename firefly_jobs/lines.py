@@ -19,6 +19,8 @@ which is refused when it is claimed.
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -45,6 +47,7 @@ _SPARE, _GROWTH = 3, 4
 _LOCK_TRIES = 20
 # Who waits for a person's transaction may meet the next one as well.
 _DEADLOCK_TRIES = 5
+_DEADLOCK_PAUSE_SECONDS, _DEADLOCK_PAUSE_SECONDS_MAX = 0.001, 0.25
 # A moment must not come before its token, and SQLite's clock has milliseconds.
 _MARGIN = timedelta(milliseconds=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -449,14 +452,25 @@ def tried_again(work: Callable[[], _T], *, using: str) -> _T:
 
     Inside of a transaction more than that was undone, and the error is raised.
     """
-    for _ in range(_DEADLOCK_TRIES - 1):
+    for tries in range(1, _DEADLOCK_TRIES):
         try:
             return work()
         except Error as error:
             is_deadlock = databases.of(using).is_deadlock(error)
             if not is_deadlock or connections[using].in_atomic_block:
                 raise
+        pause_after_deadlock(tries)
     return work()
+
+
+def pause_after_deadlock(tries: int) -> None:
+    """Let the others go first: who comes back at once may be the one to go again.
+
+    The pause is drawn from an interval that doubles with each try, up to a quarter of a second
+    ("full jitter", https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/).
+    """
+    longest = min(_DEADLOCK_PAUSE_SECONDS * 2**tries, _DEADLOCK_PAUSE_SECONDS_MAX)
+    time.sleep(random.uniform(0, longest))  # noqa: S311, TID251 - no secret; nobody wakes a caller
 
 
 def free(names: Collection[str], *, using: str) -> int:

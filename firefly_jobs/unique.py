@@ -17,6 +17,7 @@ from django.db import OperationalError, connections
 from . import admission, databases, events
 from .event_models import EventKind
 from .exceptions import TaskAlreadyScheduled
+from .lines import pause_after_deadlock
 from .models import TaskModel
 from .states import TERMINAL, Status
 from .wakeup import announce
@@ -56,10 +57,12 @@ def insert(row: TaskModel, connection: Any, *, write: Write) -> TaskModel:
                 announce(alias, (row.queue,))
                 return row
         except OperationalError as error:
-            # Several that waited for a holder which was rolled back may meet in a deadlock
-            # on InnoDB.  Outside of a transaction nothing else was lost.
+            # On InnoDB several that insert a key which a holder has just given back, or whose
+            # entry is not purged yet, share the gap and meet in a deadlock, which all but one
+            # of them lose.  Outside of a transaction nothing else was lost.
             if connection.in_atomic_block or not left or not database.is_conflict(error):
                 raise
+            pause_after_deadlock(TRIES_MAX - left)
             continue
         if (found := _conflict(row, connection)) is not None:
             return found

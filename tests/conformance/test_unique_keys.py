@@ -290,7 +290,7 @@ def test_a_key_that_somebody_is_about_to_take_is_waited_for(commits):
 
     ahead = Concurrent(first)
     assert has_written.wait(20)
-    others = [Concurrent(lambda: keyed.schedule("other").pk) for _ in range(5)]
+    others = [Concurrent(lambda: keyed.schedule("other").pk) for _ in range(50)]
     threading.Event().wait(0.2)  # they wait for a lock, or come later: both must be right
     may_end.set()
     pk = ahead.result()
