@@ -28,6 +28,7 @@ from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
 from .checkpoints import reach
 from .columns import columns_of, history_of, revived_columns
 from .conf import get_settings
+from .consequences import follow, follow_completed, tell
 from .databases import ANY_QUEUE, Completion
 from .databases.functions import DatabaseNow
 from .dependencies import End
@@ -146,7 +147,7 @@ def complete(
             raise lease_lost(completion)
         events.one_completed(completion, using=using, consumer=consumer)
         lines.let_go()
-        _follow_completed([completion], using)
+        follow_completed([completion], using=using)
     announce_ended(using, (completion.id,))
     reach("settling")
 
@@ -177,7 +178,7 @@ def complete_group(
         raise LeaseLost(message)
     events.completed(completions, using=using, consumer=consumer)
     lines.let_go()
-    _follow_completed(completions, using)
+    follow_completed(completions, using=using)
     announce_ended(using, [completion.id for completion in completions])
     reach("settling")
 
@@ -226,7 +227,7 @@ def _complete_leading(completions: Sequence[Completion], using: str, consumer: i
         count = database.complete_many(connection, completions)
         events.completed(held, using=using, consumer=consumer)
         lines.let_go()
-        _follow_completed(held, using)
+        follow_completed(held, using=using)
     return count
 
 
@@ -245,8 +246,8 @@ def settle(settlement: Settlement, *, using: str, consumer: int | None) -> None:
             history_of(settlement, consumer).save(using=using, force_insert=True)
         events.settled([settlement], using=using, consumer=consumer)
         lines.let_go()
-        _follow([settlement], using)
-        _announce([settlement], using)
+        follow([settlement], using=using)
+        tell([settlement], using=using)
         reach("settling")
     reach("settled")
 
@@ -276,8 +277,8 @@ def settle_many(
         )
         events.settled(settled, using=using, consumer=consumer)
         lines.let_go()
-        _follow(settled, using)
-        _announce(settled, using)
+        follow(settled, using=using)
+        tell(settled, using=using)
         reach("settling")
     reach("settled")
     return settled
@@ -302,38 +303,6 @@ def _columns(settlement: Settlement) -> dict[str, Any]:
         message = f"A running task cannot become {settlement.status}."
         raise ValueError(message)
     return columns_of(settlement)
-
-
-def _follow(settlements: Sequence[Settlement], using: str) -> None:
-    """Do what the end of steps means for their workflows."""
-    ends = [
-        End(
-            item.claim.id,
-            item.claim.workflow,
-            item.status,
-            item.error or "",
-            item.ignores_failure,
-        )
-        for item in settlements
-        if item.claim.workflow is not None and item.status.is_terminal
-    ]
-    if ends:
-        dependencies.follow(ends, using=using)
-
-
-def _follow_completed(completions: Sequence[Completion], using: str) -> None:
-    ends = [
-        End(item.id, item.workflow, Status.COMPLETED)
-        for item in completions
-        if item.workflow is not None
-    ]
-    if ends:
-        dependencies.follow(ends, using=using)
-
-
-def _announce(settlements: Sequence[Settlement], using: str) -> None:
-    announce(using, {item.claim.queue for item in settlements if item.status is Status.CREATED})
-    announce_ended(using, [item.claim.id for item in settlements if item.status.is_terminal])
 
 
 # --- freeing what a dead consumer held
@@ -377,8 +346,8 @@ def free_rows(
     )
     events.settled(settlements, using=using, consumer=consumer)
     lines.let_go()
-    _follow(settlements, using)
-    _announce(settlements, using)
+    follow(settlements, using=using)
+    tell(settlements, using=using)
     return settlements, len(claims) == count
 
 
