@@ -10,7 +10,7 @@ import asyncio
 import time
 
 from firefly_jobs import atask, task
-from firefly_jobs.attempts import TaskContext
+from firefly_jobs.contexts import TaskContext
 
 from .models import ChaosEffect
 

@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attempts import current_task
     from .consumer import Consumer
+    from .contexts import current_task
     from .decorators import AsyncTask, Task, atask, task
     from .exceptions import (
         AsyncFuncNotSupportedException,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "attempts": ("current_task",),
+    "contexts": ("current_task",),
     "consumer": ("Consumer",),
     "decorators": ("AsyncTask", "Task", "atask", "task"),
     "exceptions": (

@@ -24,6 +24,11 @@ CHECKPOINTS = (
     "settling",  # the outcome is written but not committed
     "settled",  # the outcome is committed
 )
+# Those of schedules.
+FIRING_CHECKPOINTS = (
+    "firing",  # the calls are written and next_run is moved, but not committed
+    "fired",  # both are committed
+)
 
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
@@ -34,7 +39,11 @@ def _parse(text: str) -> dict[str, tuple[signal.Signals, Iterator[int]]]:
     for item in filter(None, text.split(",")):
         name, _, rest = item.partition(":")
         action, _, count = rest.partition(":")
-        if name not in CHECKPOINTS or action not in _SIGNALS or not (count or "1").isdigit():
+        if (
+            name not in (*CHECKPOINTS, *FIRING_CHECKPOINTS)
+            or action not in _SIGNALS
+            or not (count or "1").isdigit()
+        ):
             message = f"FIREFLY_CHECKPOINT: {item!r} is not NAME:kill or NAME:stop, with :COUNT"
             raise ValueError(message)
         # Counting down by an iterator is atomic under threads.

@@ -51,6 +51,7 @@ class Settings:
     IMPORTS: tuple[str, ...] = ()
     HOOKS: tuple[str, ...] = ()
     KEEP_EVENTS: bool | float = False
+    SCHEDULE_OWNER: str | None = None
 
 
 def seconds(value: float | timedelta) -> float:
@@ -162,6 +163,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "IMPORTS": _is_modules,
     "HOOKS": _is_dotted_names,
     "KEEP_EVENTS": _or_flag(_is_duration(positive=True)),
+    "SCHEDULE_OWNER": _or_none(_is_text),
 }
 
 

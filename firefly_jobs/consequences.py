@@ -1,4 +1,4 @@
-"""What the ends of rows mean for others: workflows go on, and whoever waits is told.
+"""What the ends of rows mean for others: workflows go on, schedules count, who waits is told.
 
 Called by ``lifecycle`` in the transaction that writes the ends.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import dependencies
+from . import dependencies, tallies
 from .attempts import Settlement
 from .databases import Completion
 from .dependencies import End
@@ -30,6 +30,7 @@ def follow(settlements: Sequence[Settlement], *, using: str) -> None:
     ]
     if ends:
         dependencies.follow(ends, using=using)
+    tallies.settled(settlements, using=using)
 
 
 def follow_completed(completions: Sequence[Completion], *, using: str) -> None:
@@ -41,6 +42,7 @@ def follow_completed(completions: Sequence[Completion], *, using: str) -> None:
     ]
     if ends:
         dependencies.follow(ends, using=using)
+    tallies.completed(completions, using=using)
 
 
 def tell(settlements: Sequence[Settlement], *, using: str) -> None:

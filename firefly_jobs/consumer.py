@@ -40,6 +40,7 @@ from .settling import Settler
 from .slots import Slots
 from .states import Status
 from .stopping import INTERRUPT_SECONDS, stop_signals
+from .ticker import Ticker
 from .wakeup import flush
 
 logger = logging.getLogger("firefly_jobs")
@@ -121,6 +122,7 @@ class Consumer:
         self._heartbeat = Heartbeat(
             using=self._using, lease_seconds=settings.LEASE_SECONDS, on_rescued=self._rescued
         )
+        self._ticker = Ticker(using=self._using, owner=self.owner, on_fired=self._look_again)
         self._holdings = Holdings(may_start=self._heartbeat.is_fresh, is_low=self._bell.ring)
         self._membership = Membership(
             using=self._using,
@@ -162,6 +164,7 @@ class Consumer:
                 return 0
             self._heartbeat.start()
             messenger.start()
+            self._ticker.start()
             self._slots.start()
             self._nap.start()
             pause = 0.0
@@ -368,7 +371,7 @@ class Consumer:
             self.retire("memory-limit")
 
     def crashed(self) -> None:
-        """Stop with an error: an executor ended by a mistake of its own."""
+        """Stop with an error, such as an executor's that ended by a mistake of its own."""
         self._has_failed = True
         self.stop()
 
@@ -381,18 +384,21 @@ class Consumer:
         is_failure = settlement is not None and settlement.ended in {Ended.FAILED, Ended.RETRIED}
         if is_failure and not self._settings.FAIL_SILENTLY:
             logger.error("Stopping at the first failure, as FAIL_SILENTLY is off")
-            self._has_failed = True
-            self.stop()
+            self.crashed()
 
     def _after(self, claim: Claim) -> None:
         self._alone.forget(claim)
+        self._ticker.ended(claim)
         if self._alone.waiting and not self._holdings.running:
             self._bell.ring()
         if claim.is_limited or self._holdings.is_empty:
             # Another may have been let go in its place.  And the last one may have scheduled
             # more; and a burst ends with a look in vain.
-            self._nap.call()
-            self._bell.ring()
+            self._look_again()
+
+    def _look_again(self) -> None:
+        self._nap.call()
+        self._bell.ring()
 
     # --- leases
 
@@ -445,13 +451,12 @@ class Consumer:
     def _reconnect(self, error: Exception, pause: float) -> None:
         """Drop the dispatcher's connection; what it was doing is found out anew."""
         is_busy = self._database.is_busy(error) or self._database.is_conflict(error)
-        is_expected = isinstance(error, Error)
         logger.log(
             logging.DEBUG if is_busy else logging.WARNING,
             "The consumer's loop was interrupted, goes on in %.1fs: %s",
             pause,
             error,
-            exc_info=None if is_expected else error,
+            exc_info=None if isinstance(error, Error) else error,
             extra={"consumer": self._membership.id},
         )
         if not is_busy:
@@ -468,6 +473,7 @@ class Consumer:
             "Consumer %s stops", self._membership.id, extra={"consumer": self._membership.id}
         )
         deadline = monotonic() + self._shutdown_timeout
+        self._ticker.stop()
         if self._alone.waiting:
             self._connection.insist(self._give_back_alone)
         waiting = self._holdings.take_waiting()
@@ -483,7 +489,8 @@ class Consumer:
         # Of a thread that broke, nobody can say when its call ends.
         drain.run(timeout_seconds=self._shutdown_timeout if self._slots.is_healthy else 0.0)
         self._heartbeat.stop()
-        self._heartbeat.join(timeout=INTERRUPT_SECONDS)
+        for thread in (self._ticker, self._heartbeat):
+            thread.join(timeout=INTERRUPT_SECONDS)
         # Before the sessions are ended, its own among them.
         self._nap.stop()
         drain.leave()

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from django.db import connections, transaction
 from django.db.models import Exists, F, OuterRef, QuerySet
 
-from . import admission, databases, events, following, messenger
+from . import admission, databases, events, following, messenger, tallies
 from .columns import revived_columns
 from .databases import ANY_QUEUE, Counted
 from .databases.functions import DatabaseNow
@@ -352,6 +352,7 @@ class _Walk:
             status = WorkflowStatus.COMPLETED
         rows.update(status=status, ended=DatabaseNow())
         messenger.workflow_ended(workflow, status, using=self._using)
+        tallies.workflow_ended(workflow, status, using=self._using)
         if (pk := workflow.on_success) is not None:
             self._finally(pk, is_wanted=status is WorkflowStatus.COMPLETED, status=status)
         if (pk := workflow.on_failure) is not None:
@@ -470,6 +471,7 @@ def retry_failed(workflow: int, *, using: str) -> int:
         WorkflowModel.objects.using(using).filter(pk=workflow).update(
             status=WorkflowStatus.RUNNING, error="", is_cancelled=False, ended=None
         )
+        tallies.workflow_revived(row, using=using)
         _Walk(workflow, using).rebuild(again)
         return len(again)
 

@@ -21,7 +21,13 @@ from django.db.models.expressions import DatabaseDefault
 
 from . import databases, events, messenger, serializers, unique
 from .conf import get_settings, seconds, suggestion
-from .databases import EXTRA_COLUMNS, INSERT_COLUMNS, STATEMENT_BYTES_MAX, STEP_COLUMNS
+from .databases import (
+    EXTRA_COLUMNS,
+    INSERT_COLUMNS,
+    SCHEDULE_COLUMNS,
+    STATEMENT_BYTES_MAX,
+    STEP_COLUMNS,
+)
 from .databases.functions import SecondsFromNow
 from .jobs import Job
 from .models import TaskModel
@@ -216,8 +222,8 @@ def _write(connection: Any, rows: list[TaskModel]) -> None:
     """Insert ``rows`` with as few statements as they fit in, and tell each its id."""
     # By hand, since the ORM would name every column of a wide table for every row.
     values, columns = list(map(_inserted, rows)), INSERT_COLUMNS
-    # Either all of them are steps of a workflow, or none is.
-    if rows[0].workflow_id or any(_extras(row.__dict__) != _NO_EXTRAS for row in rows):
+    # Either all of them are steps of a workflow, or none is; and all of a schedule, or none.
+    if _is_of_another(rows[0]) or any(_extras(row.__dict__) != _NO_EXTRAS for row in rows):
         values, columns = _with_extras(connection, rows)
     insert, ids = databases.of(connection.alias).insert, []
     for portion in _portions(values):
@@ -253,13 +259,20 @@ def _settle_in(row: TaskModel, pk: int, connection: Any) -> None:
 def _with_extras(connection: Any, rows: list[TaskModel]) -> tuple[list[tuple[Any, ...]], str]:
     values = [(*_inserted(row), *_prepared(row, connection)) for row in rows]
     columns = f"{INSERT_COLUMNS}, {EXTRA_COLUMNS}"
-    if not rows[0].workflow_id:
+    if not _is_of_another(rows[0]):
         return values, columns
-    steps = [
-        (*found, row.workflow_id, row.next_gate, row.status)
-        for found, row in zip(values, rows, strict=True)
-    ]
-    return steps, f"{columns}, {STEP_COLUMNS}"
+    is_step = bool(rows[0].workflow_id)
+    more, others = (STEP_COLUMNS, _of_step) if is_step else (SCHEDULE_COLUMNS, _of_schedule)
+    values = [(*found, *others(row)) for found, row in zip(values, rows, strict=True)]
+    return values, f"{columns}, {more}"
+
+
+def _is_of_another(row: TaskModel) -> bool:
+    return bool(row.workflow_id or row.schedule_id)
+
+
+_of_step = attrgetter("workflow_id", "next_gate", "status")
+_of_schedule = attrgetter("schedule_id", "occurrence", "is_manual")
 
 
 def _prepared(row: TaskModel, connection: Any) -> Iterator[Any]:

@@ -67,6 +67,13 @@ class WorkflowError(ValueError):
     """
 
 
+class ScheduleError(ValueError):
+    """A schedule that cannot start what it calls: it is not known here, or takes no arguments.
+
+    Nothing was written.
+    """
+
+
 class TransactionDoomedError(RuntimeError):
     """The call returned, but its transaction was already rolled back or marked so."""
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from . import admission, dependencies, events, fencing, leases, messenger
+from . import admission, dependencies, events, fencing, leases, messenger, tallies
 from .attempts import Claim, Ended, Settlement
 from .membership import KeptConnection
 from .models import ConsumerModel
@@ -131,6 +131,7 @@ class Heartbeat(threading.Thread):
             self._swept = admission.sweep(self._swept, using=self._using)
             dependencies.sweep(using=self._using)
             events.sweep(using=self._using)
+            tallies.sweep(using=self._using)
 
     def _rescue_the_dead(self, consumer: int) -> None:
         looks = {}

@@ -28,7 +28,7 @@ from .conf import SETTING, get_settings
 from .exceptions import AsyncFuncNotSupportedException
 
 if TYPE_CHECKING:
-    from .attempts import TaskContext
+    from .contexts import TaskContext
 
 EVENTS = (
     "before_start",

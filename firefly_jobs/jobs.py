@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
-from .conf import suggestion
+from .conf import get_settings, suggestion
 from .exceptions import TaskDefinitionError
 from .limits import Concurrency, LimitKey, RateLimit
 from .options import FIXED, OPTION_WORDS, OnConflict, TaskOptions
@@ -216,6 +216,11 @@ class Job(metaclass=_JobType):
     def default_name(self) -> str:
         """What a step of a workflow is called that nobody names."""
         return self.options.label or self.task.name.rpartition(".")[2]
+
+    @property
+    def alias(self) -> str:
+        """The alias of the database that its row belongs to."""
+        return self.options.database or get_settings().DATABASE
 
     # --- other jobs like it
 

@@ -23,7 +23,7 @@ from typing import Any
 from django.db import IntegrityError, connections, transaction
 from django.db.models import Q, QuerySet
 
-from . import admission, databases, dependencies, events, fencing, messenger
+from . import admission, databases, dependencies, events, fencing, messenger, tallies
 from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
 from .checkpoints import reach
 from .columns import columns_of, history_of, revived_columns
@@ -219,7 +219,8 @@ def _complete_leading(completions: Sequence[Completion], using: str, consumer: i
     database, connection = databases.of(using), connections[using]
     lines = _lines_of(completions, using)
     are_told = events.are_kept()
-    locked = [item for item in completions if are_told or item.workflow is not None]
+    counted = {item.id for item in completions if item.workflow or item.schedule}
+    locked = [item for item in completions if are_told or item.id in counted]
     with database.own_transaction(connection):
         lines.lock()
         # Looked at before, since one that an earlier try has completed must not count twice.
@@ -378,6 +379,7 @@ def _cancel(ids: Sequence[int], using: str) -> int:
         steps = list(found.filter(step__isnull=False).values_list("pk", flat=True))
         by_step = dependencies.cancel_steps(steps, reason, using=using) if steps else 0
         rows = found.exclude(pk__in=steps)
+        tallies.withdrawn(rows, reason, using=using)
         note_withdrawn(rows, reason, using=using)
         messenger.cancelling(rows, reason, using=using)
         events.changing(rows, EventKind.CANCELLED, reason, using=using)
@@ -417,13 +419,15 @@ def retry(ids: Sequence[int], *, using: str) -> int:
         .values_list("id", "unique_key")
     )
     plain = rows.filter(unique_key__isnull=True)
-    with events.together(using):
+    with databases.of(using).own_transaction(connections[using]):
         events.reviving(plain, using=using)
+        tallies.revived(plain, using=using)
         retried = plain.update(**revived_columns())
     for pk, key in keyed:
         try:
             with transaction.atomic(using=using):
                 events.reviving(rows.filter(pk=pk), using=using)
+                tallies.revived(rows.filter(pk=pk), using=using)
                 retried += rows.filter(pk=pk).update(active_key=key, **revived_columns())
         except IntegrityError:
             logger.warning(

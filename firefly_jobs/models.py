@@ -5,7 +5,8 @@ changes the status of existing ones, and a running row changes only under its fe
 The verbs on :class:`TaskModel` (``cancel``, ``retry_now``) hand over to ``lifecycle``, those
 that wait for its end to ``references``.
 
-The tables of workflows stand in ``workflow_models``, that of events in ``event_models``.
+The tables of workflows stand in ``workflow_models``, that of schedules in ``schedule_models``,
+that of events in ``event_models``.
 
 To add a column: make it nullable or give it a ``db_default``, so that yesterday's
 consumer can insert into today's table.
@@ -37,6 +38,7 @@ from .options import (
     NAME_LENGTH_MAX,
     OnConflict,
 )
+from .schedule_models import ScheduleModel
 from .states import Status
 from .workflow_models import WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 
@@ -47,6 +49,7 @@ __all__ = [
     "ConcurrencySlot",
     "ConsumerModel",
     "RateBucket",
+    "ScheduleModel",
     "TaskAttempt",
     "TaskEvent",
     "TaskModel",
@@ -80,11 +83,11 @@ class TaskQuerySet(models.QuerySet["TaskModel"]):
         return self.filter(func_name__in=[task.name, *task.options.aliases])
 
     def active_for(self, what: Any) -> TaskQuerySet:
-        """Return the running rows of a task, a name, a workflow, or a list of these.
+        """Return the running rows of a task, a name, a workflow, a schedule, or a list of these.
 
         Args:
             what: A decorated function, its aliases included; the name of one, a label or the
-                name of a step; a ``WorkflowModel``; or a list of these.
+                name of a step; a ``WorkflowModel``; a ``ScheduleModel``; or a list of these.
 
         Raises:
             TypeError: If it is, or has in it, something else.
@@ -100,7 +103,7 @@ class TaskQuerySet(models.QuerySet["TaskModel"]):
         found = self.order_by().values_list("label", "func_name").distinct()
         return sorted({label or func_name for label, func_name in found})
 
-    def lookup(self, id_or_name: int | str) -> tuple[TaskModel, Any]:
+    def lookup(self, id_or_name: int | str) -> tuple[TaskModel, ScheduleModel | None]:
         """Return a row and its schedule, with one query.
 
         Args:
@@ -108,7 +111,7 @@ class TaskQuerySet(models.QuerySet["TaskModel"]):
                 the name of its step.  Of several the latest is returned.
 
         Returns:
-            The row, and ``None``, as no row has a schedule in this version.
+            The row, and the schedule that has started it, or ``None``.
 
         Raises:
             TaskModel.DoesNotExist: If there is none.
@@ -117,11 +120,11 @@ class TaskQuerySet(models.QuerySet["TaskModel"]):
             rows, what = self.filter(_called(id_or_name)), "function name, label or step name"
         else:
             rows, what = self.filter(pk=id_or_name), "id"
-        row = rows.order_by("-pk").first()
+        row = rows.select_related("schedule").order_by("-pk").first()
         if row is None:
             message = f"There is no task with the {what} {id_or_name!r}."
             raise self.model.DoesNotExist(message)
-        return row, None
+        return row, row.schedule
 
     def tagged(self, *tags: str) -> TaskQuerySet:
         """Rows that have all of these tags; case counts."""
@@ -133,14 +136,19 @@ def _called(name: str) -> models.Q:
 
 
 def _about(item: Any) -> models.Q:
-    """Return the condition that a row belongs to a task, a name or a workflow."""
+    """Return the condition that a row belongs to a task, a name, a workflow or a schedule."""
     if isinstance(item, str):
         return _called(item)
     if isinstance(item, WorkflowModel):
         return models.Q(workflow=item.pk)
+    if isinstance(item, ScheduleModel):
+        return models.Q(schedule=item.pk) | models.Q(workflow__schedule=item.pk)
     if hasattr(item, "row_of"):
         return models.Q(func_name__in=[item.name, *item.options.aliases])
-    message = f"active_for() takes tasks, names and workflows, or a list of these, got {item!r}."
+    message = (
+        f"active_for() takes tasks, names, workflows and schedules, or a list of these, "
+        f"got {item!r}."
+    )
     raise TypeError(message)
 
 
@@ -225,6 +233,20 @@ class TaskModel(models.Model):
     )
     # Where its success counts, if that is at one gate only.
     next_gate = models.BigIntegerField(null=True, blank=True, editable=False)
+    # The schedule that has started it: when that was planned for, or whether by hand.
+    schedule: models.ForeignKey[Any, Any] = models.ForeignKey(
+        "ScheduleModel",
+        on_delete=models.DO_NOTHING,
+        related_name="+",
+        verbose_name=_("schedule"),
+        null=True,
+        blank=True,
+        editable=False,
+        db_index=False,
+        db_constraint=False,
+    )
+    occurrence = models.DateTimeField(_("occurrence"), null=True, blank=True, editable=False)
+    is_manual = models.BooleanField(_("by hand"), null=True, blank=True, editable=False)
     expires_at = models.DateTimeField(_("expires"), null=True, blank=True)
     time_limit = models.FloatField(_("time limit in seconds"), null=True, blank=True)
     memory_limit = models.BigIntegerField(_("memory limit in bytes"), null=True, blank=True)
@@ -261,6 +283,7 @@ class TaskModel(models.Model):
                 fields=["limit_key", "status", "priority", "run_at", "id"], name="firefly_limit"
             ),
             SetIndex(fields=["workflow", "status", "id"], name="firefly_workflow"),
+            SetIndex(fields=["schedule", "id"], name="firefly_schedule"),
         ]
         constraints = [  # noqa: RUF012 - Django's own class attribute
             UniqueWhereSet(fields=["active_key"], name="firefly_active_key"),

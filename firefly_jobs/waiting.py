@@ -31,8 +31,8 @@ from asgiref.sync import sync_to_async
 from django.db import Error, connections
 
 from . import databases
-from .attempts import current_task
 from .conf import get_settings
+from .contexts import current_task
 from .databases import ANY_TASK, ROLL_CALL, Channel, Notice, Subscription
 from .exceptions import WaitInsideTransactionError
 from .listening import Listener

@@ -44,6 +44,19 @@ class WorkflowModel(models.Model):
     # Calls that wait for the end, by their ids.
     on_success = models.BigIntegerField(_("on success"), null=True, blank=True)
     on_failure = models.BigIntegerField(_("on failure"), null=True, blank=True)
+    # The schedule that has started it: when that was planned for, or whether by hand.
+    schedule: models.ForeignKey[Any, Any] = models.ForeignKey(
+        "ScheduleModel",
+        on_delete=models.DO_NOTHING,
+        related_name="+",
+        verbose_name=_("schedule"),
+        null=True,
+        blank=True,
+        editable=False,
+        db_constraint=False,
+    )
+    occurrence = models.DateTimeField(_("occurrence"), null=True, blank=True, editable=False)
+    is_manual = models.BooleanField(_("by hand"), null=True, blank=True, editable=False)
 
     class Meta:
         verbose_name = _("workflow")

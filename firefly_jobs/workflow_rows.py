@@ -12,6 +12,7 @@ from typing import NamedTuple
 from django.db import connections
 
 from . import databases, enqueue, messenger
+from .declarations import Occurrence
 from .graphs import Node, Plan, When
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 
@@ -33,6 +34,7 @@ def insert(
     *,
     last: Mapping[str, TaskModel],
     using: str,
+    occurrence: Occurrence | None = None,
 ) -> WorkflowModel:
     """Write a run of a workflow.
 
@@ -42,6 +44,7 @@ def insert(
         plan: The gates they wait at.
         last: Unwritten rows of calls that wait for its end: ``on_success``, ``on_failure``.
         using: Database alias.
+        occurrence: Which start of which schedule it is.
 
     Returns:
         The run.
@@ -51,6 +54,9 @@ def insert(
     """
     with databases.of(using).write_transaction(connections[using]):
         run = WorkflowModel(name=name)
+        if occurrence is not None:
+            run.schedule_id, run.occurrence = occurrence.schedule, occurrence.moment
+            run.is_manual = occurrence.is_manual
         run.save(using=using, force_insert=True)
         gates = _insert_gates(run, plan, using)
         waiting = {n for n, place in enumerate(plan.places) if place is not None}

@@ -15,10 +15,11 @@ from asgiref.sync import sync_to_async
 
 from . import graphs, workflow_rows
 from .conf import get_settings, suggestion
+from .declarations import Occurrence
 from .exceptions import WorkflowError
 from .graphs import Dependency, Node, When
 from .jobs import Job
-from .models import WorkflowModel, WorkflowStep
+from .models import TaskModel, WorkflowModel, WorkflowStep
 from .options import LABEL_LENGTH_MAX
 from .placeholders import StepResult, placeholders_in, replaced
 from .runs import with_parent_results
@@ -322,7 +323,27 @@ class Workflow:
         """
         return self._schedule(None)
 
-    def _schedule(self, queue: str | None) -> WorkflowModel:
+    def start(self, occurrence: Occurrence) -> WorkflowModel:
+        """Schedule as one start of a recurring workflow; see ``firing``."""
+        return self._schedule(None, occurrence)
+
+    def check(self) -> None:
+        """Raise what :meth:`schedule` would raise, and write nothing."""
+        self._rows(None)
+
+    @property
+    def alias(self) -> str:
+        """The alias of the database that its steps belong to."""
+        last = [job for job in (self._on_success, self._on_failure) if job is not None]
+        return _alias_of([*(step.job for step in self._steps), *last], self.name)
+
+    def _schedule(self, queue: str | None, occurrence: Occurrence | None = None) -> WorkflowModel:
+        steps, plan, last = self._rows(queue)
+        return workflow_rows.insert(
+            self.name, steps, plan, last=last, using=self.alias, occurrence=occurrence
+        )
+
+    def _rows(self, queue: str | None) -> tuple[list[NewStep], graphs.Plan, dict[str, TaskModel]]:
         edges = self._edges()
         nodes = [
             Node(step.name, step.priority, tuple(found.parents))
@@ -335,18 +356,14 @@ class Workflow:
         ]
         if queue is not None:
             jobs = [job.with_queue(queue) for job in jobs]
-        last = {
-            word: job
-            for word, job in (("on_success", self._on_success), ("on_failure", self._on_failure))
-            if job is not None
-        }
-        alias = _alias_of([*jobs, *last.values()], self.name)
+        # Before any row is made, as each names its own database.
+        self.alias  # noqa: B018 - reading it checks it
         steps = [
             NewStep(job.row(), node, step.ignore_result)
             for job, node, step in zip(jobs, nodes, self._steps, strict=True)
         ]
-        rows = {word: job.row() for word, job in last.items()}
-        return workflow_rows.insert(self.name, steps, plan, last=rows, using=alias)
+        last = {"on_success": self._on_success, "on_failure": self._on_failure}
+        return steps, plan, {word: job.row() for word, job in last.items() if job is not None}
 
     async def aschedule(self) -> WorkflowModel:
         """Schedule from a coroutine."""

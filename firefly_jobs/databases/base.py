@@ -32,7 +32,7 @@ ALL_BANDS: tuple[Band, ...] = ((-32_768, 32_766),)
 CLAIM_COLUMNS = (
     "id, fence, func_name, queue, priority, run_at, params, "
     "retry_attempts, max_retries, retry_delay, retry, rescues, lost_alone, "
-    "time_limit, memory_limit, workflow_id"
+    "time_limit, memory_limit, workflow_id, schedule_id"
 )
 
 # Whether a row has to be admitted once it is claimed.
@@ -54,6 +54,8 @@ EXTRA_COLUMNS = (
 )
 # Steps of workflows say these as well: some of them have to wait.
 STEP_COLUMNS = "workflow_id, next_gate, status"
+# And what a schedule has started.
+SCHEDULE_COLUMNS = "schedule_id, occurrence, is_manual"
 NEW_COLUMNS = "retry_attempts, fence, rescues, lost_alone, status"
 NEW_VALUES = ("0", "0", "0", "0", "'created'")
 
@@ -110,7 +112,7 @@ class Database(Completing):
             rows: Values of ``columns``: what the database takes, moments as aware datetimes,
                 or as ``SecondsFromNow``.
             columns: ``INSERT_COLUMNS``, with ``EXTRA_COLUMNS`` behind them if need be, and
-                ``STEP_COLUMNS`` behind those.
+                ``SCHEDULE_COLUMNS`` or ``STEP_COLUMNS`` behind those.
         """
         sql, values = self._insert_sql(connection, rows, columns)
         with connection.cursor() as cursor:

@@ -32,11 +32,20 @@ class Completion(NamedTuple):
     returned: str
     is_limited: bool = False
     workflow: int | None = None
+    schedule: int | None = None
 
     @classmethod
     def of(cls, claim: Claim, duration: float, returned: str) -> Self:
         """Return the settling of a claim whose call returned."""
-        return cls(claim.id, claim.fence, duration, returned, claim.is_limited, claim.workflow)
+        return cls(
+            claim.id,
+            claim.fence,
+            duration,
+            returned,
+            claim.is_limited,
+            claim.workflow,
+            claim.schedule,
+        )
 
     @property
     def values(self) -> list[Any]:
@@ -46,7 +55,7 @@ class Completion(NamedTuple):
     @property
     def lets_others_go(self) -> bool:
         """Whether its end is of consequence for other rows."""
-        return self.is_limited or self.workflow is not None
+        return self.is_limited or self.workflow is not None or self.schedule is not None
 
 
 class Edge(NamedTuple):

@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from firefly_jobs import serializers, step_results
-from firefly_jobs.attempts import Claim, Outcome, enter_context
+from firefly_jobs.attempts import Claim, Outcome
 from firefly_jobs.checkpoints import reach
+from firefly_jobs.contexts import enter_context
 from firefly_jobs.databases import Completion
 from firefly_jobs.exceptions import (
     Cancel,

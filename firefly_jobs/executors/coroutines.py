@@ -14,9 +14,10 @@ from asgiref.sync import ThreadSensitiveContext, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 
 from firefly_jobs import messenger, registry
-from firefly_jobs.attempts import Claim, Outcome, enter_context
+from firefly_jobs.attempts import Claim, Outcome
 from firefly_jobs.checkpoints import reach
 from firefly_jobs.conf import get_settings
+from firefly_jobs.contexts import enter_context
 from firefly_jobs.exceptions import StopRequested
 from firefly_jobs.holdings import LEASE_POLL_SECONDS
 from firefly_jobs.transactions import CallTransaction

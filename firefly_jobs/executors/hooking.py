@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from asgiref.sync import sync_to_async
 from django.db import Error
 
-from firefly_jobs.attempts import Claim, Ended, Outcome, Settlement, TaskContext, decide
+from firefly_jobs.attempts import Claim, Ended, Outcome, Settlement, decide
 from firefly_jobs.conf import get_settings
+from firefly_jobs.contexts import TaskContext
 from firefly_jobs.databases import Completion
 from firefly_jobs.exceptions import (
     Cancel,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from firefly_jobs import FailedStep, TaskHooks, atask, task
-from firefly_jobs.attempts import TaskContext
+from firefly_jobs.contexts import TaskContext
 from tests.testapp.models import Effect
 
 BODIES: dict[str, Callable[..., Any]] = {}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from firefly_jobs.attempts import TaskContext
+from firefly_jobs.contexts import TaskContext
 from firefly_jobs.decorators import atask, task
 from tests.testapp.models import Effect
 

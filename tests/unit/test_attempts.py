@@ -16,15 +16,13 @@ from firefly_jobs.attempts import (
     Ended,
     Outcome,
     Settlement,
-    TaskContext,
     Verdict,
-    current_task,
     decide,
     decide_buried,
     decide_rescued,
     describe,
-    enter_context,
 )
+from firefly_jobs.contexts import TaskContext, current_task, enter_context
 from firefly_jobs.exceptions import (
     DELAY_SECONDS_MAX,
     Cancel,

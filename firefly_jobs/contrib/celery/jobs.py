@@ -29,8 +29,9 @@ from celery.result import AsyncResult, EagerResult
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
-from firefly_jobs.attempts import Ended, TaskContext, current_task
+from firefly_jobs.attempts import Ended
 from firefly_jobs.conf import seconds
+from firefly_jobs.contexts import TaskContext, current_task
 from firefly_jobs.databases.functions import DatabaseNow
 from firefly_jobs.exceptions import Snooze
 from firefly_jobs.jobs import Job

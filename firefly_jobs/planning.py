@@ -1,0 +1,116 @@
+"""What a schedule calls, and when next: its row is read, changed by people, and planned anew.
+
+Every change to a row locks it and goes by the database's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from django.core.exceptions import ValidationError
+from django.db import connections
+from django.db.models import QuerySet
+
+from . import databases, registry, serializers
+from .databases.functions import DatabaseNow
+from .declarations import declared
+from .exceptions import ScheduleError, TaskNotFoundError
+from .jobs import Job
+from .models import ScheduleModel
+from .schedule_models import PLAN_FIELDS, STORED_CALL
+
+# What a person may change.
+CHANGEABLE = (*PLAN_FIELDS, "name", "func_name", "arguments", "is_paused")
+_TIMES = {"cron", "timezone", "every", "starts_at", "ends_at", "max_runs", "is_paused"}
+
+
+def locked(using: str, *, skips: bool = False) -> QuerySet[Any]:
+    """Return schedules that are locked as they are read, with the database's ``now``.
+
+    Args:
+        using: Database alias.
+        skips: Whether those that somebody else has locked are passed over, where that can be.
+    """
+    rows = ScheduleModel.objects.using(using).annotate(now=DatabaseNow())
+    return rows.select_for_update(skip_locked=skips and databases.of(using).can_skip_locked)
+
+
+def plan(row: ScheduleModel, now: datetime) -> None:
+    """Set when a row runs next, counted from ``now``."""
+    is_over = row.is_paused or row.is_retired
+    row.next_run = None if is_over else row.next_run_after(now)
+
+
+def change(row: ScheduleModel, changes: Mapping[str, Any], *, using: str) -> None:
+    """Write some columns of a schedule; see ``ScheduleModel.change``."""
+    if unknown := sorted(set(changes) - set(CHANGEABLE)):
+        message = f"{', '.join(unknown)} cannot be changed; what can be: {', '.join(CHANGEABLE)}."
+        raise TypeError(message)
+    with databases.of(using).own_transaction(connections[using]):
+        found = locked(using).get(pk=row.pk)
+        for name, value in changes.items():
+            setattr(found, name, value)
+        found.full_clean(exclude=["declared"])
+        check_call(found)
+        columns = list(changes)
+        if not changes or not _TIMES.isdisjoint(changes):
+            plan(found, found.now)
+            columns.append("next_run")
+        found.save(using=using, update_fields=columns)
+    names = [field.attname for field in row._meta.concrete_fields]
+    vars(row).update({name: vars(found)[name] for name in names})
+
+
+# --- what it calls
+
+
+def call_of(row: ScheduleModel) -> Any:
+    """Return the job or workflow that a schedule starts, or ``None`` if it is not known here.
+
+    Raises:
+        Exception: Whatever is wrong with what the row says.
+    """
+    if row.owner:
+        declaration = declared(str(row.name))
+        if declaration is None:
+            return None
+        call = declaration.call
+        return call if row.arguments is None else _with_arguments(call, row.arguments)
+    if row.raw_call:
+        try:
+            (call,), _ = serializers.loads_params(row.raw_call, task_name=STORED_CALL)
+        except TaskNotFoundError:
+            return None
+        return call if row.arguments is None else _with_arguments(call, row.arguments)
+    task = registry.get(row.func_name)
+    return None if task is None else _with_arguments(Job(task), row.arguments or {})
+
+
+def _with_arguments(call: Any, arguments: Mapping[str, Any]) -> Any:
+    if not isinstance(call, Job):
+        message = "A workflow takes no arguments; its steps have theirs."
+        raise ScheduleError(message)
+    return call._copy(  # noqa: SLF001 - all of them at once, in place of its own
+        args=tuple(arguments.get("args", ())), kwargs=dict(arguments.get("kwargs", {}))
+    )
+
+
+def check_call(row: ScheduleModel) -> None:
+    """Check that what a row calls is known here, and that its arguments fit.
+
+    Raises:
+        ValidationError: If not.
+    """
+    if not row.owner and not row.raw_call and registry.get(row.func_name) is None:
+        try:
+            registry.find(row.func_name)
+        except TaskNotFoundError as error:
+            raise ValidationError({"func_name": str(error)}) from None
+    try:
+        call = call_of(row)
+        if isinstance(call, Job):
+            call.row()
+    except Exception as error:  # a job type's validate may raise anything
+        raise ValidationError({"arguments": f"{type(error).__name__}: {error}"}) from error
