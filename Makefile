@@ -55,7 +55,7 @@ format: $(STAMP) ## Format the code and fix what can be fixed by itself
 	$(PY) -m ruff format .
 
 bench: $(STAMP) ## Run the benchmarks (ARGS='drain --database sqlite')
-	@$(PY) -m benchmarks $(or $(ARGS),all --without chaos --without workflow-chaos)
+	@$(PY) -m benchmarks $(or $(ARGS),all --without chaos --without workflow-chaos --without schedule-chaos)
 
 docs: $(STAMP) ## Test the documentation: snippets, names, links
 	@$(PY) -m pytest tests/docs $(ARGS)

@@ -160,6 +160,18 @@ BENCHMARKS = (
         rounds=1,
         is_strict=True,
     ),
+    Benchmark(
+        name="schedule-chaos",
+        module="schedule_chaos",
+        help="schedules of every second while a consumer is killed each second: each fires once",
+        sizes={
+            "seconds": Size(default=60, help="from the first to the last occurrence"),
+            "schedules": Size(default=20, help="how many"),
+            "consumers": Size(default=4, help="consumers at a time"),
+        },
+        rounds=1,
+        is_strict=True,
+    ),
 )
 
 BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}

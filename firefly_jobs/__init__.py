@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PayloadError,
         PayloadTooLargeError,
         Retry,
+        ScheduleError,
         Snooze,
         SyncFuncNotSupportedException,
         TaskAlreadyScheduled,
@@ -36,7 +37,14 @@ if TYPE_CHECKING:
     from .hooks import FailedStep, TaskHooks
     from .jobs import Job, aschedule_many, schedule_many
     from .limits import Concurrency, RateLimit
-    from .models import ConsumerModel, TaskAttempt, TaskEvent, TaskModel, WorkflowModel
+    from .models import (
+        ConsumerModel,
+        ScheduleModel,
+        TaskAttempt,
+        TaskEvent,
+        TaskModel,
+        WorkflowModel,
+    )
     from .priorities import Priority
     from .references import TaskReference
     from .resources import Limit
@@ -60,6 +68,7 @@ _HOMES = {
         "PayloadError",
         "PayloadTooLargeError",
         "Retry",
+        "ScheduleError",
         "Snooze",
         "SyncFuncNotSupportedException",
         "TaskCancelled",
@@ -73,7 +82,14 @@ _HOMES = {
     "hooks": ("FailedStep", "TaskHooks"),
     "jobs": ("Job", "aschedule_many", "schedule_many"),
     "limits": ("Concurrency", "RateLimit"),
-    "models": ("ConsumerModel", "TaskAttempt", "TaskEvent", "TaskModel", "WorkflowModel"),
+    "models": (
+        "ConsumerModel",
+        "ScheduleModel",
+        "TaskAttempt",
+        "TaskEvent",
+        "TaskModel",
+        "WorkflowModel",
+    ),
     "references": ("TaskReference",),
     "priorities": ("Priority",),
     "resources": ("Limit",),
@@ -106,6 +122,8 @@ __all__ = [
     "RateLimit",
     "Retry",
     "RetryStrategy",
+    "ScheduleError",
+    "ScheduleModel",
     "Snooze",
     "Status",
     "SyncFuncNotSupportedException",

@@ -189,7 +189,7 @@ def _write(declaration: Declaration) -> ScheduleModel:
     )
     try:
         with databases.of(using).write_transaction(connections[using]):
-            row.save(using=using)
+            row.save(using=using, force_insert=True)
     except IntegrityError as error:
         message = f"There is a schedule {row.name!r} already; change or delete that one."
         raise ValueError(message) from error

@@ -2,6 +2,7 @@
 
 import threading
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ from firefly_jobs.ticker import Ticker
 from tests.conformance import tasks
 from tests.conformance.support import outside, run_burst
 from tests.factories import unique_name
+from tests.support.clocks import database_clock
 from tests.support.threads import Concurrent
 from tests.testapp.models import Effect
 
@@ -384,7 +386,7 @@ def test_changes_are_checked_and_plan_anew():
     schedule = every(HOUR, tasks.insert.job.with_args("a"))
     schedule.change(every=10)
     assert schedule.next_run <= datetime.now(UTC) + timedelta(seconds=11)
-    for changes, field in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"every": 0}, "every"),
         ({"every": None, "cron": "0 0 30 2 *"}, "cron"),
         ({"every": None, "cron": "@never"}, "cron"),
@@ -393,7 +395,8 @@ def test_changes_are_checked_and_plan_anew():
         ({"arguments": [1]}, "arguments"),
         ({"max_runs": 0}, "max_runs"),
         ({"jitter": -1}, "jitter"),
-    ]:
+    ]
+    for changes, field in cases:
         with pytest.raises(ValidationError) as caught:
             schedule.change(**changes)
         assert field in caught.value.message_dict
@@ -569,3 +572,30 @@ def test_a_consumer_writes_and_fires_what_is_declared(declare):
     run_burst()
     assert Effect.objects.count() == 1
     assert read(row, "success_count") == 1
+
+
+# --- clocks
+
+
+@pytest.mark.parametrize(("misfire", "expected"), [("once", 1), ("skip", 0), ("all", 24)])
+def test_after_a_day_without_a_consumer_it_catches_up_as_it_is_told(misfire, expected):
+    schedule = every(HOUR, misfire=misfire, overlap="allow")
+    first = schedule.next_run
+    with database_clock(connection, first + timedelta(hours=23, minutes=30)):
+        assert fire() == expected
+        assert fire() == 0
+    assert read(schedule, "next_run") == first + timedelta(hours=24)
+    assert len(set(occurrences(schedule))) == expected
+
+
+def test_a_clock_that_jumps_back_fires_nothing_twice():
+    schedule = every(HOUR, overlap="allow", misfire="all")
+    first = schedule.next_run
+    with database_clock(connection, first + timedelta(hours=2)):
+        assert fire() == 3
+    with database_clock(connection, first):
+        assert fire() == 0
+        assert firing.seconds_until_next(using="default") == 3 * HOUR
+    with database_clock(connection, first + timedelta(hours=3, seconds=1)):
+        assert fire() == 1
+    assert occurrences(schedule) == [first + timedelta(hours=n) for n in range(4)]

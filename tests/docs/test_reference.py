@@ -37,6 +37,7 @@ from firefly_jobs.models import (
     ConcurrencySlot,
     ConsumerModel,
     RateBucket,
+    ScheduleModel,
     TaskAttempt,
     TaskEvent,
     TaskModel,
@@ -106,7 +107,7 @@ def test_every_exception_is_documented() -> None:
     "model",
     [
         *(TaskModel, TaskAttempt, TaskEvent, ConsumerModel, ConcurrencySlot, RateBucket),
-        *(WorkflowModel, WorkflowStep, WorkflowGate, WorkflowEdge),
+        *(ScheduleModel, WorkflowModel, WorkflowStep, WorkflowGate, WorkflowEdge),
     ],
     ids=lambda m: m.__name__,
 )

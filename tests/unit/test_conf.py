@@ -39,9 +39,8 @@ def test_the_defaults_obey_their_own_rules():
 def test_every_rule_is_tested_here():
     tested = [*COUNTS, *POSITIVE_COUNTS, *FLAGS, *DURATIONS, *POSITIVE_DURATIONS, *TEXTS]
 
-    assert {*tested, "LEASE_SECONDS", "SERIALIZER", "IMPORTS", "HOOKS", "KEEP_EVENTS"} == set(
-        _RULES
-    )
+    words = {"LEASE_SECONDS", "SERIALIZER", "IMPORTS", "HOOKS", "KEEP_EVENTS", "SCHEDULE_OWNER"}
+    assert {*tested} | words == set(_RULES)
 
 
 def test_an_empty_dictionary_gives_the_documented_defaults():
@@ -164,6 +163,11 @@ def test_a_lease_is_long_enough_to_be_renewed():
 def test_a_nap_may_be_left_to_the_database():
     assert problems({"CONSUMER_NAP_TIME": None}) == []
     assert "and at most 2147483647 s, or None" in complaint("CONSUMER_NAP_TIME", 0)
+
+
+def test_an_owner_may_be_left_to_the_settings_module():
+    assert problems({"SCHEDULE_OWNER": None}) == problems({"SCHEDULE_OWNER": "shop"}) == []
+    assert "must be a non-empty string, or None" in complaint("SCHEDULE_OWNER", "")
 
 
 @pytest.mark.parametrize("key", [*DURATIONS, *POSITIVE_DURATIONS, "LEASE_SECONDS"])

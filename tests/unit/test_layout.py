@@ -256,7 +256,7 @@ def _is_harmless(call: ast.Call, values: dict[str, ast.expr]) -> bool:
     if "TaskModel" not in receiver:
         return bool(
             re.match(
-                r"(ConsumerModel|TaskAttempt|TaskEvent|ConcurrencySlot|RateBucket|ScheduleModel|Workflow\w+)\b|locked\(|super\(\)|(\w*values|kwargs|lifecycle|\{.*\})$",
+                r"(ConsumerModel|TaskAttempt|TaskEvent|ConcurrencySlot|RateBucket|ScheduleModel|Workflow\w+)\b|locked\(|_row\(declaration|super\(\)|(\w*values|kwargs|lifecycle|\{.*\})$",
                 receiver,
             )
         )
