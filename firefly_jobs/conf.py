@@ -52,6 +52,7 @@ class Settings:
     HOOKS: tuple[str, ...] = ()
     KEEP_EVENTS: bool | float = False
     SCHEDULE_OWNER: str | None = None
+    API_AUTHENTICATOR: str | None = None
 
 
 def seconds(value: float | timedelta) -> float:
@@ -134,6 +135,11 @@ def _is_modules(value: Any) -> str | None:
     return "must be a list of module names"
 
 
+def _is_dotted_name(value: Any) -> str | None:
+    is_name = isinstance(value, str) and "." in value
+    return None if is_name else "must be the dotted name of a function"
+
+
 def _is_dotted_names(value: Any) -> str | None:
     is_list = isinstance(value, list | tuple)
     if is_list and all(isinstance(name, str) and "." in name for name in value):
@@ -164,6 +170,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "HOOKS": _is_dotted_names,
     "KEEP_EVENTS": _or_flag(_is_duration(positive=True)),
     "SCHEDULE_OWNER": _or_none(_is_text),
+    "API_AUTHENTICATOR": _or_none(_is_dotted_name),
 }
 
 

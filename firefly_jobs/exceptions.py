@@ -74,6 +74,22 @@ class ScheduleError(ValueError):
     """
 
 
+class JobRefused(Exception):
+    """A registered job that was not started.
+
+    Attributes:
+        message: What is wrong, and what to do.
+        status_code: What HTTP calls it: 400, 403 or 404.
+    """
+
+    def __init__(self, message: str, status_code: int) -> None:
+        super().__init__(message)
+        self.message, self.status_code = message, status_code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.status_code)
+
+
 class TransactionDoomedError(RuntimeError):
     """The call returned, but its transaction was already rolled back or marked so."""
 

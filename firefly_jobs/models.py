@@ -29,6 +29,7 @@ from .databases.fields import ExactCharField, SparseJSONField, TagsField
 from .databases.functions import DatabaseNow
 from .databases.indexes import SetIndex, StatusIndex, UniqueWhereSet
 from .event_models import TaskEvent
+from .job_models import JobStart, SavedJob
 from .limits import LINE_LENGTH_MAX, RATE_LENGTH_MAX
 from .neighbours import MARK_LENGTH_MAX
 from .options import (
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ConcurrencySlot",
     "ConsumerModel",
+    "JobStart",
     "RateBucket",
+    "SavedJob",
     "ScheduleModel",
     "TaskAttempt",
     "TaskEvent",

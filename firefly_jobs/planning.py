@@ -22,7 +22,7 @@ from .models import ScheduleModel
 from .schedule_models import PLAN_FIELDS, STORED_CALL
 
 # What a person may change.
-CHANGEABLE = (*PLAN_FIELDS, "name", "func_name", "arguments", "is_paused")
+CHANGEABLE = (*PLAN_FIELDS, "name", "func_name", "arguments", "saved_job", "is_paused")
 _TIMES = {"cron", "timezone", "every", "starts_at", "ends_at", "max_runs", "is_paused"}
 
 
@@ -78,6 +78,8 @@ def call_of(row: ScheduleModel) -> Any:
             return None
         call = declaration.call
         return call if row.arguments is None else _with_arguments(call, row.arguments)
+    if row.saved_job is not None:
+        return row.saved_job.get_job().job
     if row.raw_call:
         try:
             (call,), _ = serializers.loads_params(row.raw_call, task_name=STORED_CALL)
@@ -103,6 +105,10 @@ def check_call(row: ScheduleModel) -> None:
     Raises:
         ValidationError: If not.
     """
+    if row.saved_job is not None:
+        # What it is started on is read at each start, and may be nothing today.
+        row.saved_job.clean()
+        return
     if not row.owner and not row.raw_call and registry.get(row.func_name) is None:
         try:
             registry.find(row.func_name)

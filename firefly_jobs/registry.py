@@ -61,6 +61,12 @@ def get(name: str) -> BaseTask[Any, Any] | None:
     return _tasks.get(name)
 
 
+def of(func: Any) -> BaseTask[Any, Any] | None:
+    """Return the task that a function was made, or ``None``."""
+    wanted = _origin_of(func)
+    return next((task for task in _tasks.values() if _origin(task) == wanted), None)
+
+
 def is_async(name: str) -> bool:
     """Whether ``name`` is an async task; unknown names are not."""
     task = _tasks.get(name)
@@ -84,4 +90,8 @@ def names() -> list[str]:
 
 
 def _origin(task: BaseTask[Any, Any]) -> str:
-    return f"{task.func.__module__}.{task.func.__qualname__}"
+    return _origin_of(task.func)
+
+
+def _origin_of(func: Any) -> str:
+    return f"{func.__module__}.{func.__qualname__}"

@@ -22,6 +22,7 @@ from .databases.fields import ExactCharField
 from .databases.functions import DatabaseNow
 from .declarations import NAME_LENGTH_MAX as SCHEDULE_NAME_LENGTH_MAX
 from .declarations import Misfire, Overlap, problems_of
+from .job_models import SavedJob
 from .options import NAME_LENGTH_MAX
 from .recurrence import Interval, Recurrence
 from .states import Status
@@ -61,6 +62,16 @@ class ScheduleModel(models.Model):
     arguments = models.JSONField(_("arguments"), null=True, blank=True)
     # A job or workflow that was given at run time, stored as payloads are.
     raw_call = models.TextField(_("stored call"), blank=True, default="", editable=False)
+
+    # Or a start that is kept by name.
+    saved_job: models.ForeignKey[Any, Any] = models.ForeignKey(
+        SavedJob,
+        on_delete=models.PROTECT,
+        related_name="schedules",
+        verbose_name=_("saved job"),
+        null=True,
+        blank=True,
+    )
 
     # --- when
     cron = models.CharField(

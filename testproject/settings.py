@@ -33,6 +33,7 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
     "firefly_jobs",
     "testproject.codeindex",
+    "testproject.datafiles",
 ]
 
 MIDDLEWARE = [

@@ -40,6 +40,7 @@ def test_every_rule_is_tested_here():
     tested = [*COUNTS, *POSITIVE_COUNTS, *FLAGS, *DURATIONS, *POSITIVE_DURATIONS, *TEXTS]
 
     words = {"LEASE_SECONDS", "SERIALIZER", "IMPORTS", "HOOKS", "KEEP_EVENTS", "SCHEDULE_OWNER"}
+    words |= {"API_AUTHENTICATOR"}
     assert {*tested} | words == set(_RULES)
 
 
@@ -168,6 +169,11 @@ def test_a_nap_may_be_left_to_the_database():
 def test_an_owner_may_be_left_to_the_settings_module():
     assert problems({"SCHEDULE_OWNER": None}) == problems({"SCHEDULE_OWNER": "shop"}) == []
     assert "must be a non-empty string, or None" in complaint("SCHEDULE_OWNER", "")
+
+
+def test_an_authenticator_is_named_by_its_path():
+    assert problems({"API_AUTHENTICATOR": "shop.auth.by_token"}) == []
+    assert "must be the dotted name of a function" in complaint("API_AUTHENTICATOR", "token")
 
 
 @pytest.mark.parametrize("key", [*DURATIONS, *POSITIVE_DURATIONS, "LEASE_SECONDS"])

@@ -1,0 +1,473 @@
+"""Jobs that people start by name on a set of objects.
+
+``@register_job`` gives a task a name, the type of the objects it is for, and limits.  A start
+names the job, the type and the objects; whatever is wrong with it is a :class:`JobRefused`
+with the status code of HTTP that says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from django.contrib.auth import get_user_model
+from django.core.exceptions import PermissionDenied, ValidationError
+from django.db import connections
+
+from . import databases, registry
+from .autodiscovery import import_tasks
+from .conf import suggestion
+from .exceptions import JobRefused, TaskDefinitionError
+from .job_models import JobStart, SavedJob
+from .jobs import Job
+from .models import TaskModel
+
+__all__ = [
+    "Argument",
+    "JobRefused",
+    "NamedJob",
+    "RegisteredJob",
+    "get_job_from_name",
+    "register_job",
+    "registered_jobs",
+    "start_job_from_name",
+]
+
+MAX_ITEMS = 500
+_WORD = re.compile(r"[A-Za-z_]\w*\Z")
+_HELP = re.compile(r"^\s+(\w+)(?: \([^)]*\))?:\s+(.+)$")
+
+CanStart = Callable[[Any, list[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """What a person may say when a job is started.
+
+    Attributes:
+        name: Its name.
+        type: The annotation, or ``None`` without one.
+        is_required: Whether it has no default.
+        default: That default.
+        help: What the docstring says about it.
+    """
+
+    name: str
+    type: Any
+    is_required: bool
+    default: Any = None
+    help: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegisteredJob:
+    """A job that people may start; see :func:`register_job` for the attributes."""
+
+    name: str
+    task_name: str
+    task_data_type: str
+    func: Callable[..., Any]
+    task_admin_only: bool = False
+    max_items: int = MAX_ITEMS
+    default_args: Mapping[str, Any] | None = None
+    can_start: CanStart | None = None
+
+    @property
+    def pks_word(self) -> str:
+        """The argument that the call receives the objects in."""
+        return f"{self.task_data_type}_pks"
+
+    @property
+    def task(self) -> Any:
+        """The task that it calls.
+
+        Raises:
+            TaskDefinitionError: If the function was not decorated with ``@task`` or ``@atask``.
+        """
+        task = registry.of(self.func)
+        if task is None:
+            message = (
+                f"The registered job {self.task_name!r} is {_label(self.func)}, which is no task. "
+                f"Decorate it with @task or @atask as well."
+            )
+            raise TaskDefinitionError(message)
+        return task
+
+    @property
+    def description(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.func) or "").partition("\n")[0]
+
+    @property
+    def arguments(self) -> list[Argument]:
+        """What a person may say, in order."""
+        hints = _hints(self.func)
+        defaults = self.default_args or {}
+        helps: dict[str, str] = {}
+        for line in (self.func.__doc__ or "").splitlines():
+            if match := _HELP.match(line):
+                helps[match[1]] = match[2]
+        found = []
+        for name, parameter in self.task.signature.plain.parameters.items():
+            is_word = parameter.kind in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}
+            if not is_word or name in {self.pks_word, "user_pk"}:
+                continue
+            has_default = name in defaults or parameter.default is not parameter.empty
+            default = defaults.get(name, parameter.default) if has_default else None
+            text = helps.get(name, "")
+            found.append(
+                Argument(name, hints.get(name), not has_default, copy.deepcopy(default), text)
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class NamedJob:
+    """A start that is checked and not written yet.
+
+    Attributes:
+        job: The call, a :class:`~firefly_jobs.Job`.
+        registered: What was started.
+        obj_pks: On which objects.
+        user_pk: By whom.
+    """
+
+    job: Job
+    registered: RegisteredJob
+    obj_pks: tuple[Any, ...]
+    user_pk: Any = None
+
+    def schedule(self) -> TaskModel:
+        """Write the task, and who has started it on what, in one transaction.
+
+        Raises:
+            TaskAlreadyScheduled: As ``job.schedule()``.
+        """
+        using = self.job.alias
+        with databases.of(using).write_transaction(connections[using]):
+            row = self.job.schedule()
+            JobStart.objects.using(using).create(
+                task_id=row.pk,
+                user_pk="" if self.user_pk is None else str(self.user_pk),
+                task_name=self.registered.task_name,
+                obj_type=self.registered.task_data_type,
+                obj_pks=[pk if isinstance(pk, int) else str(pk) for pk in self.obj_pks],
+            )
+        return row
+
+    def apply_async(self) -> TaskModel:
+        """Do the same as :meth:`schedule`."""
+        return self.schedule()
+
+
+# --- registering
+
+_jobs: dict[str, RegisteredJob] = {}
+
+
+def register_job(  # noqa: PLR0917 - the names of the field, in their order
+    name: str,
+    task_name: str,
+    task_data_type: str,
+    task_admin_only: bool = False,
+    max_items: int = MAX_ITEMS,
+    default_args: Mapping[str, Any] | None = None,
+    can_start: CanStart | None = None,
+) -> Callable[[Any], Any]:
+    """Let people start a task by name; stands above or below ``@task`` or ``@atask``.
+
+    Args:
+        name: What people call it.
+        task_name: What starts name it by; unique.
+        task_data_type: The type of its objects, such as ``"datafile"``: the call receives their
+            keys as ``datafile_pks``.
+        task_admin_only: Whether only users who are staff may start it.
+        max_items: On how many objects at most.
+        default_args: Arguments that fill what a start does not say.
+        can_start: ``can_start(user, pks)`` says whether this user may start it on these; asked
+            whenever there is a user.
+
+    Returns:
+        A decorator that returns what it is given.
+
+    Raises:
+        TaskDefinitionError: If another function has this ``task_name``, or takes no such keys.
+        TypeError, ValueError: If something is of another type, or out of range.
+    """
+    words: dict[str, Any] = {"name": name, "task_name": task_name}
+    for word, value in words.items():
+        if not isinstance(value, str) or not value.strip():
+            message = f"{word} must be a text that is not empty, got {value!r}."
+            raise ValueError(message)
+    kind: Any = task_data_type
+    if not isinstance(kind, str) or not _WORD.match(kind):
+        message = f"task_data_type must be a word such as 'datafile', got {task_data_type!r}."
+        raise ValueError(message)
+    number: Any = max_items
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        message = f"max_items must be a whole number, 1 or more, got {number!r}."
+        raise ValueError(message)
+    asked: Any = can_start
+    if asked is not None and not callable(asked):
+        message = f"can_start must be callable, got {can_start!r}."
+        raise TypeError(message)
+    defaults = copy.deepcopy(dict(default_args or {}))
+
+    def decorate(what: Any) -> Any:
+        func = what.func if hasattr(what, "row_of") else what
+        found = RegisteredJob(
+            name, task_name, task_data_type, func, task_admin_only, max_items, defaults, can_start
+        )
+        _check(found)
+        _jobs[task_name] = found
+        return what
+
+    return decorate
+
+
+def _check(job: RegisteredJob) -> None:
+    other = _jobs.get(job.task_name)
+    if other is not None and _label(other.func) != _label(job.func):
+        message = (
+            f"{_label(job.func)} cannot be the registered job {job.task_name!r}: "
+            f"{_label(other.func)} already is. Give one of them another task_name."
+        )
+        raise TaskDefinitionError(message)
+    parameters = inspect.signature(job.func).parameters.values()
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
+    for word in (job.pks_word, *(job.default_args or {})):
+        if word not in names and not takes_all:
+            message = (
+                f"{_label(job.func)} cannot be the registered job {job.task_name!r}: it takes no "
+                f"{word}, which a start passes."
+            )
+            raise TaskDefinitionError(message)
+    if job.pks_word in (job.default_args or {}):
+        message = f"default_args has {job.pks_word}, which each start says itself."
+        raise TaskDefinitionError(message)
+
+
+def _label(func: Callable[..., Any]) -> str:
+    return f"{func.__module__}.{func.__qualname__}"
+
+
+def _hints(func: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(func)
+    except Exception:  # noqa: BLE001 - a name that exists for type checkers only
+        return {}
+
+
+def registered_jobs(user: Any = None, obj_type: str | None = None) -> list[RegisteredJob]:
+    """Return what may be started, by name.
+
+    Args:
+        user: Leave out what this user may never start; ``None``: all of it.
+        obj_type: Only jobs of this type.
+    """
+    import_tasks()
+    return [
+        job
+        for job in sorted(_jobs.values(), key=lambda job: (job.name, job.task_name))
+        if (user is None or user.is_staff or not job.task_admin_only)
+        and (obj_type is None or job.task_data_type == obj_type)
+    ]
+
+
+def find(task_name: str) -> RegisteredJob:
+    """Return a registered job.
+
+    Raises:
+        JobRefused: With 404, if there is none.
+    """
+    # A web process has imported what its views need.
+    import_tasks()
+    try:
+        return _jobs[task_name]
+    except (KeyError, TypeError):
+        hint = suggestion(str(task_name), _jobs)
+        message = f"There is no registered job {task_name!r}.{hint}"
+        raise JobRefused(message, 404) from None
+
+
+# --- starting
+
+
+def get_job_from_name(
+    job_name: str,
+    obj_type: str,
+    obj_pks: Iterable[Any],
+    job_args: Mapping[str, Any] | None = None,
+    user_pk: Any = None,
+) -> NamedJob:
+    """Return a start of a registered job that is checked; ``apply_async()`` writes it.
+
+    Args:
+        job_name: Its ``task_name``.
+        obj_type: Its ``task_data_type``.
+        obj_pks: Keys of the objects: numbers, texts or UUIDs; each counts once.
+        job_args: Arguments, over the defaults.
+        user_pk: Who starts it; ``None``: the code itself, which may start everything.
+
+    Raises:
+        JobRefused: With the status code that says why: 404 for an unknown job or user, 400 for
+            another type, no objects, too many, or arguments that do not fit, 403 for what the
+            user may not.
+    """
+    registered = find(job_name)
+    if obj_type != registered.task_data_type:
+        message = (
+            f"{registered.name!r} is for objects of type {registered.task_data_type!r}, not "
+            f"{obj_type!r}."
+        )
+        raise JobRefused(message, 400)
+    pks = _pks(registered, obj_pks)
+    if user_pk is not None:
+        _check_user(registered, pks, user_pk)
+    kwargs = _arguments(registered, job_args)
+    kwargs[registered.pks_word] = list(pks)
+    task = registered.task
+    if user_pk is not None and task.signature.takes("user_pk"):
+        kwargs["user_pk"] = user_pk
+    try:
+        job = Job(task, (), kwargs)
+        # Everything that can be wrong with a call is found here.
+        job.row()
+    except (TypeError, ValueError) as error:
+        message = f"The arguments do not fit {registered.name!r}: {error}"
+        raise JobRefused(message, 400) from error
+    return NamedJob(job, registered, pks, user_pk)
+
+
+def start_job_from_name(
+    job_name: str,
+    obj_type: str,
+    obj_pks: Iterable[Any],
+    job_args: Mapping[str, Any] | None = None,
+    user_pk: Any = None,
+) -> tuple[bool, str, int]:
+    """Start a registered job; arguments as for :func:`get_job_from_name`.
+
+    Returns:
+        Whether it was started, a message, and a status code of HTTP: 200 with the task's id in
+        the message, or that of :class:`JobRefused`.
+    """
+    try:
+        named = get_job_from_name(job_name, obj_type, obj_pks, job_args, user_pk)
+        row = named.apply_async()
+    except JobRefused as refusal:
+        return False, refusal.message, refusal.status_code
+    return True, f"Started {named.registered.name!r} as task {row.pk}.", 200
+
+
+def _pks(registered: RegisteredJob, given: Any) -> tuple[Any, ...]:
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        message = f"The keys of objects are a list, got {type(given).__name__}."
+        raise JobRefused(message, 400)
+    pks = list(given)
+    wrong = [pk for pk in pks if isinstance(pk, bool) or not isinstance(pk, int | str | UUID)]
+    if wrong:
+        kind = type(wrong[0]).__name__
+        message = f"The key of an object is a number, a text or a UUID, got a {kind}."
+        raise JobRefused(message, 400)
+    pks = list(dict.fromkeys(pks))
+    if not pks:
+        message = f"{registered.name!r} needs at least one {registered.task_data_type}."
+        raise JobRefused(message, 400)
+    if len(pks) > registered.max_items:
+        message = (
+            f"{registered.name!r} is started on {registered.max_items} objects at most, got "
+            f"{len(pks)}. Start it on fewer."
+        )
+        raise JobRefused(message, 400)
+    return tuple(pks)
+
+
+def _check_user(registered: RegisteredJob, pks: tuple[Any, ...], user_pk: Any) -> None:
+    users: Any = get_user_model()._base_manager
+    try:
+        user = users.filter(pk=user_pk).first()
+    except (TypeError, ValueError, ValidationError):
+        user = None
+    if user is None:
+        message = f"There is no user {user_pk!r}."
+        raise JobRefused(message, 404)
+    if not user.is_active:
+        message = f"User {user_pk} is not active, and may start nothing."
+        raise JobRefused(message, 403)
+    if registered.task_admin_only and not user.is_staff:
+        message = f"Only staff may start {registered.name!r}."
+        raise JobRefused(message, 403)
+    if registered.can_start is not None:
+        message = f"User {user_pk} may not start {registered.name!r} on these objects."
+        try:
+            may = registered.can_start(user, list(pks))
+        except PermissionDenied as error:
+            raise JobRefused(str(error) or message, 403) from error
+        if not may:
+            raise JobRefused(message, 403)
+
+
+def _arguments(registered: RegisteredJob, given: Any) -> dict[str, Any]:
+    if given is not None and not isinstance(given, Mapping):
+        message = f"Arguments are given by name, got {type(given).__name__}."
+        raise JobRefused(message, 400)
+    given = dict(given or {})
+    signature = registered.task.signature
+    for word in given:
+        if word in {registered.pks_word, "user_pk"}:
+            message = f"{word} is not given as an argument: each start says it itself."
+            raise JobRefused(message, 400)
+        if not isinstance(word, str) or not signature.takes(word):
+            known = [argument.name for argument in registered.arguments]
+            hint = suggestion(str(word), known)
+            message = f"{registered.name!r} takes no argument {word!r}.{hint}"
+            raise JobRefused(message, 400)
+    return {**copy.deepcopy(dict(registered.default_args or {})), **given}
+
+
+# --- saved
+
+
+def saved(row: SavedJob, pks: Iterable[Any] | None, user: Any) -> NamedJob:
+    """Return the start that a saved job stands for; see ``SavedJob.get_job``."""
+    if pks is None:
+        try:
+            pks = row.current_pks()
+        except ValidationError as error:
+            message = f"Saved job {row.name!r}: {' '.join(error.messages)}"
+            raise JobRefused(message, 400) from error
+    user_pk = getattr(user, "pk", user)
+    return get_job_from_name(row.task_name, row.obj_type, pks, row.job_args, user_pk)
+
+
+def check_saved(row: SavedJob) -> None:
+    """Check a saved job; see ``SavedJob.clean``."""
+    problems: dict[str, str] = {}
+    try:
+        registered = find(row.task_name)
+    except JobRefused as refusal:
+        raise ValidationError({"task_name": refusal.message}) from None
+    if row.obj_type != registered.task_data_type:
+        problems["obj_type"] = f"This job is for {registered.task_data_type!r}."
+    if bool(row.target_type) != bool(row.target_pk):
+        problems["target_type"] = "Give the type and the key of the target, or neither."
+    elif row.target_type:
+        try:
+            row.current_pks()
+        except ValidationError as error:
+            problems.update({k: " ".join(v) for k, v in error.message_dict.items()})
+    try:
+        # With one object in place of those that a start is about.
+        get_job_from_name(row.task_name, registered.task_data_type, [1], row.job_args)
+    except JobRefused as refusal:
+        problems["job_args"] = refusal.message
+    if problems:
+        raise ValidationError(problems)

@@ -1,0 +1,1 @@
+"""Files of projects, and jobs that people start on them by name."""

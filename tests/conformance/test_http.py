@@ -1,0 +1,212 @@
+"""Registered jobs over HTTP, as a browser and as a program use them."""
+
+import json
+
+import pytest
+import schemathesis
+from django.contrib.auth import get_user_model
+from django.contrib.auth.models import Permission
+from django.core.handlers.wsgi import WSGIHandler
+from django.test import Client
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+
+from firefly_jobs.models import JobStart, TaskModel
+from testproject.datafiles.models import DataFile
+from tests.conformance import tasks
+from tests.conformance.support import run_burst
+from tests.testapp.models import Effect
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def user():
+    return get_user_model().objects.create_user("ada", password="lovelace")
+
+
+@pytest.fixture
+def client(user):
+    found = Client()
+    found.force_login(user)
+    return found
+
+
+def by_token(request):
+    """Be an authenticator: the header names the user."""
+    name = request.headers.get("X-Token")
+    return get_user_model().objects.filter(username=name).first() if name else None
+
+
+@pytest.fixture
+def authenticator(jobs):
+    jobs(API_AUTHENTICATOR="tests.conformance.test_http.by_token")
+
+
+def post(client, name, body, **extra):
+    text = body if isinstance(body, str) else json.dumps(body)
+    return client.post(f"/api/jobs/{name}/start/", text, content_type="application/json", **extra)
+
+
+def test_a_job_is_started_watched_and_read(client, user):
+    files = [DataFile.objects.create(name=f"{n}") for n in range(2)]
+
+    answer = post(client, "flag_custom", {"obj_pks": [file.pk for file in files]})
+
+    assert answer.status_code == 200
+    found = answer.json()
+    pk = found["task"]["id"]
+    assert found["message"] == f"Started 'Flag custom' as task {pk}."
+    assert (found["task"]["status"], found["task"]["progress"]) == ("created", 0.0)
+    assert JobStart.objects.get().user_pk == str(user.pk)
+    run_burst()
+    found = client.get(f"/api/tasks/{pk}/").json()
+    assert (found["status"], found["result"], found["progress"]) == ("completed", 2, 1.0)
+    assert DataFile.objects.filter(custom_flag=True).count() == 2
+
+
+def test_jobs_are_listed_with_what_a_form_needs(client):
+    (job,) = [j for j in client.get("/api/jobs/").json()["jobs"] if j["obj_type"] == "datafile"]
+    assert (job["task_name"], job["name"], job["max_items"]) == ("flag_custom", "Flag custom", 500)
+    assert job["arguments"] == [
+        {
+            "name": "custom_flag",
+            "schema": {"type": "boolean"},
+            "is_required": False,
+            "default": True,
+            "help": "Whether they get the flag or lose it.",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "code", "words"),
+    [
+        ("flag_costum", {"obj_pks": [1]}, 404, "Did you mean 'flag_custom'"),
+        ("flag_custom", {"obj_pks": []}, 400, "at least one datafile"),
+        ("flag_custom", {}, 400, "are a list, got NoneType"),
+        ("flag_custom", {"obj_pks": [1], "obj_type": "project"}, 400, "not 'project'"),
+        ("flag_custom", {"obj_pks": [1], "pks": [2]}, 400, "not pks"),
+        ("flag_custom", {"obj_pks": list(range(501))}, 400, "500 objects at most"),
+        ("rename_files", {"obj_pks": [1]}, 403, "Only staff"),
+        ("flag_custom", "{", 400, "no JSON"),
+        ("flag_custom", "[" * 5_000, 400, "no JSON"),
+        ("flag_custom", "[]", 400, "The body is an object"),
+        ("flag_custom", "x" * 3_000_000, 413, "too large"),
+    ],
+)
+def test_refusals_say_what_is_wrong(client, name, body, code, words):
+    answer = post(client, name, body)
+    assert answer.status_code == code
+    assert words in answer.json()["message"]
+    assert TaskModel.objects.count() == 0
+
+
+def test_nobody_is_asked_to_sign_in(user):
+    for path in ("jobs", "tasks", "tasks/1"):
+        assert Client().get(f"/api/{path}/").status_code == 401
+    assert post(Client(), "flag_custom", {"obj_pks": [1]}).status_code == 401
+    client = Client()
+    client.force_login(user)
+    user.is_active = False
+    user.save()
+    assert client.get("/api/jobs/").status_code in {401, 403}
+
+
+def test_a_session_needs_a_token_against_forgery(user):
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(user)
+    body = {"obj_pks": [1]}
+
+    answer = post(client, "flag_custom", body)
+    assert (answer.status_code, TaskModel.objects.count()) == (403, 0)
+    assert "CSRF" in answer.json()["message"]
+
+    client.get("/admin/login/")
+    token = client.cookies["csrftoken"].value
+    assert post(client, "flag_custom", body, headers={"X-CSRFToken": token}).status_code == 200
+    assert client.get("/api/jobs/").status_code == 200
+
+
+def test_an_authenticator_of_ones_own_needs_none(user, authenticator):
+    client = Client(enforce_csrf_checks=True, headers={"X-Token": "ada"})
+    assert post(client, "flag_custom", {"obj_pks": [1]}).status_code == 200
+    assert JobStart.objects.get().user_pk == str(user.pk)
+    wrong = Client(headers={"X-Token": "bob"})
+    assert wrong.get("/api/jobs/").status_code == 401
+
+
+def test_users_see_what_they_started_and_staff_with_permission_all(client, user):
+    mine = post(client, "flag_custom", {"obj_pks": [1]}).json()["task"]["id"]
+    other = tasks.nothing.schedule().pk
+
+    assert [task["id"] for task in client.get("/api/tasks/").json()["tasks"]] == [mine]
+    assert client.get(f"/api/tasks/{other}/").status_code == 404
+    assert client.get("/api/tasks/9223372036854775808/").status_code == 404
+    user.is_staff = True
+    user.save()
+    assert client.get(f"/api/tasks/{other}/").status_code == 404
+    user.user_permissions.add(Permission.objects.get(codename="view_taskmodel"))
+    assert client.get(f"/api/tasks/{other}/").status_code == 200
+    assert len(client.get("/api/tasks/").json()["tasks"]) == 2
+
+
+def test_tasks_are_listed_page_by_page(client):
+    ids = [post(client, "flag_custom", {"obj_pks": [1]}).json()["task"]["id"] for _ in range(5)]
+    found, before = [], ""
+    while before is not None:
+        page = client.get(f"/api/tasks/?limit=2{before and f'&before={before}'}").json()
+        found += [task["id"] for task in page["tasks"]]
+        before = page["next"]
+    assert found == ids[::-1]
+    for query in ("limit=0", "limit=201", "limit=x", "before=-1"):
+        assert client.get(f"/api/tasks/?{query}").status_code == 400
+
+
+def test_results_that_are_no_json_are_told_as_text(client, user):
+    tasks.BODIES["odd"] = lambda: {1, 2}
+    row = tasks.call.schedule("odd")
+    JobStart.objects.create(task_id=row.pk, user_pk=user.pk, task_name="x", obj_type="y")
+    run_burst()
+    found = client.get(f"/api/tasks/{row.pk}/").json()
+    assert (found["result"], found["result_text"]) == (None, "{1, 2}")
+    TaskModel.objects.filter(pk=row.pk).update(raw_returned="pickle:forged:AAAA")
+    found = client.get(f"/api/tasks/{row.pk}/").json()
+    assert "BadSignature" in found["result_text"]
+    assert not Effect.objects.exists()
+
+
+def test_other_methods_are_refused_in_json(client):
+    answer = client.delete("/api/jobs/")
+    assert (answer.status_code, answer["Allow"]) == (405, "GET, HEAD, OPTIONS")
+    assert "DELETE is not allowed" in answer.json()["message"]
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_every_answer_is_as_the_description_says(user, authenticator, mode):
+    get_user_model().objects.create_superuser("root")
+    post(Client(headers={"X-Token": "root"}), "flag_custom", {"obj_pks": [1]})
+    described = schemathesis.openapi.from_wsgi("/api/openapi.json", WSGIHandler())
+    operations = [found.ok() for found in described.get_all_operations()]
+    assert len(operations) == 4
+
+    for operation in operations:
+
+        @given(operation.as_strategy(mode))
+        @settings(
+            max_examples=25,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        def is_kept(case):
+            case.call_and_validate(headers={"X-Token": "root"})
+
+        try:
+            is_kept()
+        except Unsatisfiable:
+            # Nothing about this operation can be wrong.
+            assert mode is GenerationMode.NEGATIVE
+            assert operation.label == "GET /jobs/"
