@@ -85,7 +85,7 @@ def test_jobs_are_listed_with_what_a_form_needs(client):
     [
         ("flag_costum", {"obj_pks": [1]}, 404, "Did you mean 'flag_custom'"),
         ("flag_custom", {"obj_pks": []}, 400, "at least one datafile"),
-        ("flag_custom", {}, 400, "are a list, got NoneType"),
+        ("flag_custom", {}, 400, "at least one datafile"),
         ("flag_custom", {"obj_pks": [1], "obj_type": "project"}, 400, "not 'project'"),
         ("flag_custom", {"obj_pks": [1], "pks": [2]}, 400, "not pks"),
         ("flag_custom", {"obj_pks": list(range(501))}, 400, "500 objects at most"),
