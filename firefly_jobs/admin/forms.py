@@ -151,7 +151,7 @@ class ScheduleForm(_ScheduleForm):
             present = self.instance.func_name
             names = sorted({*registry.names(), *([present] if present else [])})
             self.fields["func_name"] = forms.ChoiceField(
-                label=_("function"),
+                label=_("Function"),
                 choices=[("", "---------"), *((name, name) for name in names)],
                 required=False,
             )
@@ -193,4 +193,4 @@ class SavedJobForm(_SavedForm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         choices = [(job.task_name, job.name) for job in registered_jobs()]
-        self.fields["task_name"] = forms.ChoiceField(label=_("job"), choices=choices)
+        self.fields["task_name"] = forms.ChoiceField(label=_("Job"), choices=choices)

@@ -145,7 +145,7 @@ class ScheduleAdmin(_ModelAdmin):
     def when(self, row: ScheduleModel) -> str:
         """Show the expression, or the interval."""
         if row.cron:
-            return format_html("<code>{}</code> {}", row.cron, row.timezone)
+            return format_html('<code class="firefly-cron">{}</code> {}', row.cron, row.timezone)
         return str(_("by hand")) if row.every is None else f"{row.every:g} s"
 
     @admin.display(description=_("state"))
