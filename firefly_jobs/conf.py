@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -53,7 +53,7 @@ class Settings:
     KEEP_EVENTS: bool | float = False
     SCHEDULE_OWNER: str | None = None
     API_AUTHENTICATOR: str | None = None
-    JOB_ADMIN_ACTIONS: Mapping[str, str] = field(default_factory=dict)
+    JOB_ADMIN_ACTIONS: Mapping[str, str] | None = None
 
 
 def seconds(value: float | timedelta) -> float:
@@ -181,7 +181,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "KEEP_EVENTS": _or_flag(_is_duration(positive=True)),
     "SCHEDULE_OWNER": _or_none(_is_text),
     "API_AUTHENTICATOR": _or_none(_is_dotted_name),
-    "JOB_ADMIN_ACTIONS": _is_words_by_label,
+    "JOB_ADMIN_ACTIONS": _or_none(_is_words_by_label),
 }
 
 
@@ -214,9 +214,9 @@ def _load() -> Settings:
     if found := problems(raw):
         raise ImproperlyConfigured(" ".join(message for _, message in found))
     values = dict(raw)
-    for one in fields(Settings):
-        if isinstance(values.get(one.name), timedelta):
-            values[one.name] = values[one.name].total_seconds()
+    for field in fields(Settings):
+        if isinstance(values.get(field.name), timedelta):
+            values[field.name] = values[field.name].total_seconds()
     for key in {"IMPORTS", "HOOKS"} & values.keys():
         values[key] = tuple(values[key])
     return Settings(**values)

@@ -122,7 +122,7 @@ def _to_task(request: HttpRequest, pk: int) -> HttpResponse | None:
 
 def apply_setting() -> None:
     """Give the admins of models that ``FIREFLY_JOBS["JOB_ADMIN_ACTIONS"]`` names the actions."""
-    for label, kind in get_settings().JOB_ADMIN_ACTIONS.items():
+    for label, kind in (get_settings().JOB_ADMIN_ACTIONS or {}).items():
         model = apps.get_model(label)
         if not admin.site.is_registered(model):
             continue
@@ -150,7 +150,7 @@ class SavedJobAdmin(_SavedAdmin):
 
     def save_model(self, request: HttpRequest, obj: SavedJob, form: Any, change: bool) -> None:
         """Write to the database of the tasks."""
-        obj.save(using=alias())
+        obj.save(using=alias(), force_insert=not change)
 
     @admin.action(permissions=["change"], description=_("Start selected saved jobs"))
     def start_now(self, request: HttpRequest, queryset: QuerySet[SavedJob]) -> None:

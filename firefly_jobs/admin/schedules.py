@@ -106,7 +106,7 @@ class ScheduleAdmin(_ModelAdmin):
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
         """Write what was changed, and nothing that consumers count."""
         if not change:
-            obj.save(using=alias())
+            obj.save(using=alias(), force_insert=True)
         elif form.changed_data:
             changes = {name: form.cleaned_data[name] for name in form.changed_data}
             row = ScheduleModel.objects.using(alias()).get(pk=obj.pk)

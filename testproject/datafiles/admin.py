@@ -10,7 +10,7 @@ admin.site.register(Project)
 
 
 @admin.register(DataFile)
-class DataFileAdmin(RegisteredJobsMixin, admin.ModelAdmin):  # type: ignore[type-arg] - not at run time
+class DataFileAdmin(RegisteredJobsMixin, admin.ModelAdmin):  # type: ignore[type-arg]
     """Files, with the jobs that can be started on them as actions."""
 
     list_display = ("name", "project", "custom_flag")

@@ -1,5 +1,7 @@
 """Registered jobs, saved jobs and schedules in a real browser."""
 
+from typing import Any
+
 import pytest
 from django.contrib import admin
 from django.contrib.auth.models import Permission, User
@@ -107,7 +109,7 @@ def test_a_setting_offers_jobs_in_an_admin_that_knows_nothing_of_them(settings):
     try:
         apply_setting()
         apply_setting()
-        offering = admin.site.get_model_admin(Project)
+        offering: Any = admin.site.get_model_admin(Project)
         assert (type(offering).__bases__[1], offering.job_data_type) == (before, "datafile")
     finally:
         admin.site.unregister(Project)

@@ -173,7 +173,7 @@ def test_an_owner_may_be_left_to_the_settings_module():
 
 def test_admins_are_named_by_the_labels_of_their_models():
     assert problems({"JOB_ADMIN_ACTIONS": {"shop.Order": "order"}}) == []
-    for wrong in ({"Order": "order"}, {"shop.Order": ""}, ["shop.Order"], None):
+    for wrong in ({"Order": "order"}, {"shop.Order": ""}, ["shop.Order"], "shop.Order"):
         assert "must be a dictionary from labels" in complaint("JOB_ADMIN_ACTIONS", wrong)
 
 
