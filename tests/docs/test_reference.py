@@ -36,7 +36,9 @@ from firefly_jobs.jobs import Job
 from firefly_jobs.models import (
     ConcurrencySlot,
     ConsumerModel,
+    JobStart,
     RateBucket,
+    SavedJob,
     ScheduleModel,
     TaskAttempt,
     TaskEvent,
@@ -107,7 +109,15 @@ def test_every_exception_is_documented() -> None:
     "model",
     [
         *(TaskModel, TaskAttempt, TaskEvent, ConsumerModel, ConcurrencySlot, RateBucket),
-        *(ScheduleModel, WorkflowModel, WorkflowStep, WorkflowGate, WorkflowEdge),
+        *(
+            ScheduleModel,
+            SavedJob,
+            JobStart,
+            WorkflowModel,
+            WorkflowStep,
+            WorkflowGate,
+            WorkflowEdge,
+        ),
     ],
     ids=lambda m: m.__name__,
 )
