@@ -217,6 +217,10 @@ def register_job(  # noqa: PLR0917 - the names of the field, in their order
     if asked is not None and not callable(asked):
         message = f"can_start must be callable, got {can_start!r}."
         raise TypeError(message)
+    if asked and any(map(inspect.iscoroutinefunction, (asked, type(asked).__call__))):
+        # A coroutine is true whatever it would return, so it would let everybody in.
+        message = f"can_start must be a plain function, got the coroutine function {can_start!r}."
+        raise TypeError(message)
     defaults = copy.deepcopy(dict(default_args or {}))
 
     def decorate(what: Any) -> Any:
@@ -411,6 +415,11 @@ def _check_user(registered: RegisteredJob, pks: tuple[Any, ...], user_pk: Any) -
             may = registered.can_start(user, list(pks))
         except PermissionDenied as error:
             raise JobRefused(str(error) or message, 403) from error
+        if inspect.isawaitable(may):
+            if inspect.iscoroutine(may):
+                may.close()
+            message = f"can_start of {registered.task_name!r} must return True or False, not wait."
+            raise TypeError(message)
         if not may:
             raise JobRefused(message, 403)
 

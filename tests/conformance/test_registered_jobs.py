@@ -2,6 +2,7 @@
 
 import uuid
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -230,6 +231,31 @@ def test_a_job_may_ask_who_starts_it_on_what(registering, user):
     assert start_job_from_name("asks", "datafile", [3], user_pk=user.pk)[0]
     assert start_job_from_name("asks", "datafile", [1])[0]
     assert set(map(str, asked)) == {str((user, [n])) for n in (1, 2, 3)}
+
+
+async def says_no(person, objects):
+    return False
+
+
+class SaysNo:
+    async def __call__(self, person, objects):
+        return False
+
+
+@pytest.mark.parametrize("asked", [says_no, partial(says_no), SaysNo()])
+def test_a_coroutine_that_would_let_everybody_in_is_refused(registering, asked):
+    with pytest.raises(TypeError, match="must be a plain function"):
+        register_job("Asks", "asks", "datafile", can_start=asked)(flag_custom.func)
+
+
+def test_an_answer_that_has_to_be_awaited_lets_nobody_in(registering, user):
+    def can_start(person, objects):
+        return says_no(person, objects)
+
+    register_job("Asks", "asks", "datafile", can_start=can_start)(flag_custom.func)
+    with pytest.raises(TypeError, match="must return True or False"):
+        start_job_from_name("asks", "datafile", [1], user_pk=user.pk)
+    assert TaskModel.objects.count() == 0
 
 
 # --- registering
