@@ -168,7 +168,7 @@ class SavedJob(models.Model):
         Raises:
             JobRefused: As ``get_job_from_name``.
         """
-        from .registered_jobs import saved  # noqa: PLC0415 - a verb on a row, see ARCHITECTURE layers
+        from .saved_jobs import saved  # noqa: PLC0415 - a verb on a row, see ARCHITECTURE layers
 
         return saved(self, pks, user)
 
@@ -182,6 +182,6 @@ class SavedJob(models.Model):
         Raises:
             ValidationError: With a message per field.
         """
-        from .registered_jobs import check_saved  # noqa: PLC0415 - as above
+        from .saved_jobs import check_saved  # noqa: PLC0415 - as above
 
         check_saved(self)
