@@ -1,5 +1,6 @@
 """Registered jobs: who may start which on what, and what a refusal says."""
 
+import threading
 import uuid
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -258,7 +259,80 @@ def test_an_answer_that_has_to_be_awaited_lets_nobody_in(registering, user):
     assert TaskModel.objects.count() == 0
 
 
+def test_a_number_that_is_no_key_names_no_user(user):
+    for odd in (True, user.pk + 0.5, float("inf"), float("nan")):
+        assert refusal("flag_custom", "datafile", [1], user_pk=odd)[0] == 404
+
+
+def test_a_user_of_a_kind_that_has_no_staff_is_none():
+    class Person:
+        is_active = is_authenticated = True
+
+    jobs = registered_jobs.registered_jobs(Person(), "datafile")
+    assert [job.task_name for job in jobs] == ["flag_custom"]
+
+
+# --- objects and arguments
+
+
+def test_no_more_keys_are_read_than_may_be_started():
+    read = []
+
+    def many():
+        for number in range(100_000):
+            read.append(number)
+            yield number
+
+    with pytest.raises(JobRefused, match="500 objects at most"):
+        get_job_from_name("flag_custom", "datafile", many())
+    assert len(read) == 501
+
+
+@pytest.mark.parametrize("key", ["a\x00b", "\ud800"])
+def test_a_key_that_no_row_can_keep_is_refused(key):
+    code, message = refusal("flag_custom", "datafile", [key])
+    assert code == 400
+    assert "that databases do not keep" in message
+
+
+def test_what_is_changed_after_the_checks_is_not_started(registering):
+    given = {"custom_flag": {"values": [1]}}
+    named = get_job_from_name("flag_custom", "datafile", [1], given)
+    given["custom_flag"]["values"].append(2)
+    assert named.apply_async().params["kwargs"]["custom_flag"] == {"values": [1]}
+
+
+def test_an_argument_that_cannot_be_stored_is_a_bad_request():
+    code, message = refusal("flag_custom", "datafile", [1], {"custom_flag": threading.Lock()})
+    assert code == 400
+    assert "do not fit" in message
+
+
+def test_a_start_whose_unique_key_is_taken_says_so(registering):
+    once = flag_custom.using(unique_key="flagging", on_conflict="raise")
+    register_job("Once", "once", "datafile")(once)
+    assert start_job_from_name("once", "datafile", [1])[0]
+
+    success, message, code = start_job_from_name("once", "datafile", [2])
+
+    assert (success, code) == (False, 400)
+    assert "flagging" in message
+    assert (TaskModel.objects.count(), JobStart.objects.count()) == (1, 1)
+
+
 # --- registering
+
+
+def test_a_copy_of_a_task_is_started_with_its_own_options(registering):
+    register_job("Slowly", "slowly", "datafile")(flag_custom.using(queue="slow", priority=-5))
+    start_job_from_name("slowly", "datafile", [1])
+    row = TaskModel.objects.get()
+    assert (row.queue, row.priority, row.func_name) == ("slow", -5, flag_custom.name)
+
+
+def test_who_starts_a_job_is_no_default(registering):
+    with pytest.raises(TaskDefinitionError, match="user_pk, which each start says itself"):
+        register_job("Spoof", "spoof", "datafile", default_args={"user_pk": 1})(flag_custom.func)
 
 
 def test_a_name_is_taken_once(registering):
@@ -281,6 +355,10 @@ def test_a_name_is_taken_once(registering):
         ({"default_args": {"nothing": 1}}, "it takes no nothing"),
         ({"task_data_type": "other"}, "it takes no other_pks"),
         ({"default_args": {"datafile_pks": [1]}}, "each start says itself"),
+        ({"task_name": "shop/flag"}, "no slash, since it is part of a URL"),
+        ({"task_name": "flag\n"}, "printable characters"),
+        ({"task_name": "x" * 201}, "200 printable characters at most"),
+        ({"task_data_type": "x" * 101}, "of 100 characters at most"),
     ],
 )
 def test_what_cannot_be_registered(registering, words, reason):
