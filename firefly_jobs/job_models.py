@@ -71,7 +71,8 @@ def reference_to(target: models.Model) -> tuple[str, str]:
     if pk is None:
         message = f"This {target._meta.label} is not saved, so nothing can refer to it."
         raise ValueError(message)
-    return target._meta.label_lower, str(pk)
+    # A proxy has the rows of its model, and who asks may hold either.
+    return target._meta.concrete_model._meta.label_lower, str(pk)
 
 
 class SavedJob(models.Model):
@@ -138,8 +139,11 @@ class SavedJob(models.Model):
     def target(self, value: models.Model | None) -> None:
         self.target_type, self.target_pk = ("", "") if value is None else reference_to(value)
 
-    def current_pks(self) -> list[Any]:
+    def current_pks(self, *, at_most: int) -> list[Any]:
         """Return the keys of what the relation of its target has now.
+
+        Args:
+            at_most: How many a start may be about; one more is returned if there are more.
 
         Raises:
             ValidationError: If there is no target, or it has no such relation.
@@ -149,14 +153,28 @@ class SavedJob(models.Model):
             raise ValidationError({"relation": message})
         try:
             target = self.target
-        except (ObjectDoesNotExist, LookupError) as error:
+        except (LookupError, ValueError) as error:
+            # No such model, no label of a model, or no key of that model.
+            field = "target_pk" if self._has_model() else "target_type"
+            raise ValidationError({field: str(error)}) from None
+        except ValidationError as error:
+            raise ValidationError({"target_pk": error.messages}) from None
+        except ObjectDoesNotExist as error:
             raise ValidationError({"target_pk": str(error)}) from None
         related: Any = getattr(target, self.relation, None)
         if not hasattr(related, "values_list"):
             message = _("%(target)s has no relation %(relation)r to many objects.")
             values = {"target": self.target_type, "relation": self.relation}
             raise ValidationError({"relation": message % values})
-        return list(related.order_by("pk").values_list("pk", flat=True))
+        # One more than may be, so that a start sees that there are too many.
+        return list(related.order_by("pk").values_list("pk", flat=True)[: at_most + 1])
+
+    def _has_model(self) -> bool:
+        try:
+            apps.get_model(self.target_type)
+        except (LookupError, ValueError):
+            return False
+        return True
 
     def get_job(self, pks: Iterable[Any] | None = None, user: Any = None) -> NamedJob:
         """Return the job, checked as every other start is.
@@ -184,4 +202,7 @@ class SavedJob(models.Model):
         """
         from .saved_jobs import check_saved  # noqa: PLC0415 - as above
 
+        if self.job_args is None:
+            # What an empty field of a form stands for.
+            self.job_args = {}
         check_saved(self)

@@ -20,7 +20,7 @@ def saved(row: SavedJob, pks: Iterable[Any] | None, user: Any) -> NamedJob:
     """Return the start that a saved job stands for; see ``SavedJob.get_job``."""
     if pks is None:
         try:
-            pks = row.current_pks()
+            pks = row.current_pks(at_most=find(row.task_name).max_items)
         except ValidationError as error:
             message = f"Saved job {row.name!r}: {' '.join(error.messages)}"
             raise JobRefused(message, 400) from error
@@ -41,7 +41,7 @@ def check_saved(row: SavedJob) -> None:
         problems["target_type"] = "Give the type and the key of the target, or neither."
     elif row.target_type:
         try:
-            row.current_pks()
+            row.current_pks(at_most=0)
         except ValidationError as error:
             problems.update({k: " ".join(v) for k, v in error.message_dict.items()})
     try:

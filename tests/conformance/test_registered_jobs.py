@@ -10,6 +10,7 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.core.exceptions import PermissionDenied, ValidationError
 from django.db import transaction
+from django.test.utils import isolate_apps
 
 from firefly_jobs import atask, firing, registered_jobs, registry
 from firefly_jobs.exceptions import JobRefused, TaskDefinitionError
@@ -444,6 +445,10 @@ def test_a_saved_job_makes_the_same_checks(saved, files):
         ({"job_args": {"datafile_pks": [1]}}, "job_args"),
         ({"relation": "files"}, "relation"),
         ({"target_pk": "0"}, "target_pk"),
+        ({"target_pk": "no number"}, "target_pk"),
+        ({"target_type": "datafiles.nothing"}, "target_type"),
+        ({"target_type": "no label"}, "target_type"),
+        ({"job_args": [1]}, "job_args"),
         ({"target_pk": ""}, "target_type"),
     ],
 )
@@ -454,6 +459,71 @@ def test_what_is_wrong_with_a_saved_job_is_found_when_it_is_checked(saved, chang
     with pytest.raises(ValidationError) as caught:
         saved.full_clean()
     assert list(caught.value.message_dict) == [field]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"target_pk": "no number"}, {"target_type": "datafiles.nothing"}, {"target_type": "no label"}],
+)
+def test_a_saved_job_whose_target_cannot_be_looked_up_is_refused(saved, changes):
+    for name, value in changes.items():
+        setattr(saved, name, value)
+    with pytest.raises(JobRefused, match="Saved job 'flag apollo'") as caught:
+        saved.get_job()
+    assert caught.value.status_code == 400
+
+
+def test_a_saved_job_without_arguments_is_saved(saved):
+    saved.job_args = None  # an empty field of a form
+    saved.full_clean()
+    saved.save()
+    assert SavedJob.objects.get().job_args == {}
+
+
+def test_a_saved_job_reads_no_more_keys_than_may_be_started(saved, files):
+    many = [DataFile(name="many", project=files[0].project) for _ in range(600)]
+    DataFile.objects.bulk_create(many)
+    assert len(saved.current_pks(at_most=500)) == 501
+    with pytest.raises(JobRefused, match="500 objects at most"):
+        saved.start()
+    assert TaskModel.objects.count() == 0
+
+
+@isolate_apps("testproject.datafiles")
+def test_a_saved_job_belongs_to_the_model_of_a_proxy(saved, files):
+    class Programme(Project):
+        class Meta:
+            app_label = "datafiles"
+            proxy = True
+
+    saved.target = Programme.objects.get(pk=files[0].project_id)
+    saved.save()
+    assert saved.target_type == "datafiles.project"
+    assert list(SavedJob.objects.for_target(files[0].project)) == [saved]
+
+
+def test_a_saved_job_of_which_nothing_is_left_fails_its_schedule_and_no_other(saved, files):
+    empty = Project.objects.create(name="empty")
+    nothing = SavedJob.objects.create(
+        name="of nothing",
+        task_name="flag_custom",
+        obj_type="datafile",
+        target=empty,
+        objects="datafiles",
+    )
+    rows = [
+        ScheduleModel.objects.create(name=job.name, saved_job=job, every=60)
+        for job in (nothing, saved)
+    ]
+    ScheduleModel.objects.update(next_run=datetime.now(UTC) - timedelta(seconds=5))
+
+    assert firing.fire_due(using="default").calls == 1
+
+    for row in rows:
+        row.refresh_from_db()
+        assert row.next_run > datetime.now(UTC)
+    assert (rows[0].failure_count, rows[1].failure_count) == (1, 0)
+    assert "at least one datafile" in rows[0].last_error
 
 
 def test_a_schedule_starts_a_saved_job(saved, files):
