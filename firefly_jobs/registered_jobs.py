@@ -302,7 +302,9 @@ def registered_jobs(user: Any = None, obj_type: str | None = None) -> list[Regis
     return [
         job
         for job in sorted(_jobs.values(), key=lambda job: (job.name, job.task_name))
-        if (user is None or is_staff(user) or not job.task_admin_only)
+        # A function that is no task cannot be started; the system check tells of it.
+        if (job.given or registry.of(job.func)) is not None
+        and (user is None or is_staff(user) or not job.task_admin_only)
         and (obj_type is None or job.task_data_type == obj_type)
     ]
 
