@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from . import databases, registry
 from .autodiscovery import import_tasks
 from .conf import suggestion
 from .exceptions import JobRefused, TaskAlreadyScheduled, TaskDefinitionError
+from .job_arguments import Argument, arguments_of
 from .job_models import JOB_LENGTH_MAX, TYPE_LENGTH_MAX, JobStart
 from .jobs import Job
 from .models import TaskModel
@@ -42,28 +42,8 @@ __all__ = [
 MAX_ITEMS = 500
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _WORD = re.compile(r"[A-Za-z_]\w*\Z")
-_HELP = re.compile(r"^\s+(\w+)(?: \([^)]*\))?:\s+(.+)$")
 
 CanStart = Callable[[Any, list[Any]], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """What a person may say when a job is started.
-
-    Attributes:
-        name: Its name.
-        type: The annotation, or ``None`` without one.
-        is_required: Whether it has no default.
-        default: That default.
-        help: What the docstring says about it.
-    """
-
-    name: str
-    type: Any
-    is_required: bool
-    default: Any = None
-    help: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,24 +90,9 @@ class RegisteredJob:
     @property
     def arguments(self) -> list[Argument]:
         """What a person may say, in order."""
-        hints = _hints(self.func)
-        defaults = self.default_args or {}
-        helps: dict[str, str] = {}
-        for line in (self.func.__doc__ or "").splitlines():
-            if match := _HELP.match(line):
-                helps[match[1]] = match[2]
-        found = []
-        for name, parameter in self.task.signature.plain.parameters.items():
-            is_word = parameter.kind in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}
-            if not is_word or name in {self.pks_word, "user_pk"}:
-                continue
-            has_default = name in defaults or parameter.default is not parameter.empty
-            default = defaults.get(name, parameter.default) if has_default else None
-            text = helps.get(name, "")
-            found.append(
-                Argument(name, hints.get(name), not has_default, copy.deepcopy(default), text)
-            )
-        return found
+        parameters = self.task.signature.plain.parameters
+        hidden = {self.pks_word, "user_pk"}
+        return arguments_of(self.func, parameters, self.default_args or {}, hidden=hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,13 +247,6 @@ def _check(job: RegisteredJob) -> None:
 
 def _label(func: Callable[..., Any]) -> str:
     return f"{func.__module__}.{func.__qualname__}"
-
-
-def _hints(func: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(func)
-    except Exception:  # noqa: BLE001 - a name that exists for type checkers only
-        return {}
 
 
 def registered_jobs(user: Any = None, obj_type: str | None = None) -> list[RegisteredJob]:
