@@ -7,7 +7,8 @@ there) is checked where Django checks databases: ``check --database default`` an
 
 Ids are never used again for something else.  ``E001`` settings, ``E002`` and ``E007``
 aliases, ``E003`` time zones, ``E004`` to ``E006`` databases, ``E008`` imports, ``E009``
-hooks; ``W001`` and ``W002`` unpickling, ``W003`` tables, ``W004`` WAL, ``W005`` no answer.
+hooks; ``W001`` and ``W002`` unpickling, ``W003`` tables, ``W004`` WAL, ``W005`` no answer,
+``W006`` schedules.
 
 To add one: take the next id, write a message and a hint, add a row to
 ``docs/reference/checks.md`` and a case to ``tests/integration/test_checks.py``.
@@ -21,7 +22,7 @@ from typing import Any
 
 from django.conf import settings as django_settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register  # noqa: A004 - Django's name
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.db import Error as DatabaseError
 from django.db import connections
 
@@ -30,7 +31,8 @@ from .autodiscovery import import_tasks
 from .conf import SETTING, get_settings, problems, suggestion
 from .databases import Problem
 from .hooks import load_shared
-from .models import TaskModel
+from .models import ScheduleModel, TaskModel
+from .planning import check_call
 
 # As Django's own security.W009 has it.
 _SECRET_LENGTH_MIN = 50
@@ -205,6 +207,8 @@ def _ask(alias: str, users: Sequence[str]) -> list[CheckMessage]:
                 id="firefly_jobs.W005",
             )
         ]
+    if ScheduleModel._meta.db_table in tables:
+        found = [*found, *_broken_schedules(alias)]
     if TaskModel._meta.db_table not in tables:
         found = [
             *found,
@@ -217,6 +221,33 @@ def _ask(alias: str, users: Sequence[str]) -> list[CheckMessage]:
             ),
         ]
     return [_message(problem) for problem in found]
+
+
+def _broken_schedules(alias: str) -> list[Problem]:
+    """Tell the schedules in the database that the code does not fit any more."""
+    found = []
+    rows = ScheduleModel.objects.using(alias).filter(is_retired=False).defer("raw_last_result")
+    try:
+        import_tasks()
+    except Exception:  # noqa: BLE001 - told as E008
+        return []
+    try:
+        for row in rows:
+            try:
+                row.clean()
+                check_call(row)
+            except ValidationError as error:
+                found.append(
+                    Problem(
+                        "W006",
+                        f"Schedule {row.name!r} cannot run: {' '.join(error.messages)}",
+                        "Change the schedule, in the admin for example, or the code, or delete it.",
+                    )
+                )
+    except DatabaseError:
+        # A migration is still to come, perhaps in this very command.
+        return []
+    return found
 
 
 def _message(problem: Problem) -> CheckMessage:

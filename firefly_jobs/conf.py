@@ -53,6 +53,7 @@ class Settings:
     KEEP_EVENTS: bool | float = False
     SCHEDULE_OWNER: str | None = None
     API_AUTHENTICATOR: str | None = None
+    JOB_ADMIN_ACTIONS: Mapping[str, str] | None = None
 
 
 def seconds(value: float | timedelta) -> float:
@@ -140,6 +141,15 @@ def _is_dotted_name(value: Any) -> str | None:
     return None if is_name else "must be the dotted name of a function"
 
 
+def _is_words_by_label(value: Any) -> str | None:
+    if isinstance(value, dict) and all(
+        isinstance(label, str) and "." in label and isinstance(kind, str) and kind
+        for label, kind in value.items()
+    ):
+        return None
+    return "must be a dictionary from labels of models, 'app.Model', to types of objects"
+
+
 def _is_dotted_names(value: Any) -> str | None:
     is_list = isinstance(value, list | tuple)
     if is_list and all(isinstance(name, str) and "." in name for name in value):
@@ -171,6 +181,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "KEEP_EVENTS": _or_flag(_is_duration(positive=True)),
     "SCHEDULE_OWNER": _or_none(_is_text),
     "API_AUTHENTICATOR": _or_none(_is_dotted_name),
+    "JOB_ADMIN_ACTIONS": _or_none(_is_words_by_label),
 }
 
 

@@ -319,9 +319,7 @@ def get_job_from_name(
             f"{obj_type!r}."
         )
         raise JobRefused(message, 400)
-    pks = _pks(registered, obj_pks)
-    if user_pk is not None:
-        _check_user(registered, pks, user_pk)
+    pks = check_start(registered, obj_pks, user_pk)
     kwargs = _arguments(registered, job_args)
     kwargs[registered.pks_word] = list(pks)
     task = registered.task
@@ -358,6 +356,20 @@ def start_job_from_name(
     except TaskAlreadyScheduled as error:
         return False, str(error), 400
     return True, f"Started {named.registered.name!r} as task {row.pk}.", 200
+
+
+def check_start(
+    registered: RegisteredJob, obj_pks: Iterable[Any], user_pk: Any = None
+) -> tuple[Any, ...]:
+    """Check all of a start but for its arguments; return the keys, each once.
+
+    Raises:
+        JobRefused: As :func:`get_job_from_name`.
+    """
+    pks = _pks(registered, obj_pks)
+    if user_pk is not None:
+        _check_user(registered, pks, user_pk)
+    return pks
 
 
 def _pks(registered: RegisteredJob, given: Any) -> tuple[Any, ...]:

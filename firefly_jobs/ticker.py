@@ -21,8 +21,9 @@ from .membership import KeptConnection
 
 logger = logging.getLogger("firefly_jobs")
 
-# A schedule that was made or changed is noticed within this time.
-LOOK_SECONDS = 5.0
+# A schedule that was made or changed is noticed within this time; where nothing is planned,
+# which costs most projects least, within the longer one.
+LOOK_SECONDS, IDLE_LOOK_SECONDS = 5.0, 30.0
 # Another consumer may be firing what is due.
 _LOOK_SECONDS_MIN = 0.02
 # After this time others may have made known here what was not.
@@ -105,7 +106,7 @@ class Ticker(threading.Thread):
         self._unknown = {pk: until for pk, until in self._unknown.items() if until > now}
         next_seconds = firing.seconds_until_next(using=self._using, besides=self._unknown)
         if next_seconds is None:
-            return LOOK_SECONDS
+            return IDLE_LOOK_SECONDS
         if next_seconds > 0:
             return min(next_seconds, LOOK_SECONDS)
         fired = firing.fire_due(using=self._using, besides=self._unknown)

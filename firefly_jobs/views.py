@@ -52,7 +52,7 @@ class JsonView(View):
 
     def http_method_not_allowed(self, request: HttpRequest, *_args: Any, **_kwargs: Any) -> Any:
         """Answer in JSON, too."""
-        allowed = ", ".join(self._allowed_methods())
+        allowed = ", ".join(name.upper() for name in self.http_method_names if hasattr(self, name))
         message = f"{request.method} is not allowed here, but {allowed}."
         return JsonResponse({"message": message}, status=405, headers={"Allow": allowed})
 
@@ -126,7 +126,7 @@ class Start(ApiView):
         named = get_job_from_name(
             task_name,
             body.get("obj_type", registered.task_data_type),
-            body.get("obj_pks"),  # type: ignore[arg-type] - checked there
+            body.get("obj_pks", ()),
             body.get("job_args"),
             user_pk=self.user.pk,
         )

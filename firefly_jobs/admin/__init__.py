@@ -13,7 +13,16 @@ in the database that ``FIREFLY_JOBS["DATABASE"]`` names.
 from __future__ import annotations
 
 from .consumers import ConsumerAdmin
+from .jobs import RegisteredJobsMixin, SavedJobAdmin
+from .schedules import ScheduleAdmin
 from .tasks import TaskAdmin
 from .workflows import WorkflowAdmin
 
-__all__ = ["ConsumerAdmin", "TaskAdmin", "WorkflowAdmin"]
+__all__ = [
+    "ConsumerAdmin",
+    "RegisteredJobsMixin",
+    "SavedJobAdmin",
+    "ScheduleAdmin",
+    "TaskAdmin",
+    "WorkflowAdmin",
+]

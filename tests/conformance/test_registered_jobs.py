@@ -4,6 +4,7 @@ import threading
 import uuid
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -404,14 +405,15 @@ def test_what_a_user_may_start_is_listed(user, staff):
 
 @pytest.fixture
 def saved(files):
-    return SavedJob.objects.create(
-        name="flag apollo",
-        task_name="flag_custom",
-        obj_type="datafile",
-        job_args={"custom_flag": True},
-        target=files[0].project,
-        objects="datafiles",
-    )
+    values: dict[str, Any] = {
+        "name": "flag apollo",
+        "task_name": "flag_custom",
+        "obj_type": "datafile",
+        "job_args": {"custom_flag": True},
+        "target": files[0].project,
+        "objects": "datafiles",
+    }
+    return SavedJob.objects.create(**values)
 
 
 def test_a_saved_job_is_started_on_what_its_target_has_by_then(saved, files, user):

@@ -14,6 +14,7 @@ from django.test import override_settings
 from firefly_jobs import checks, registry
 from firefly_jobs.databases import of
 from firefly_jobs.decorators import task
+from firefly_jobs.models import ScheduleModel
 from tests.testapp.tasks import add
 
 GOOD_KEY = "k3y-" + "".join(chr(ord("a") + n % 26) for n in range(60))
@@ -212,6 +213,23 @@ def test_only_the_databases_that_django_checks_now_are_asked(registered):
 
     # 'other' is closed to this test: asking it would raise.
     assert checks.check_databases(databases=["default"]) == []
+
+
+@pytest.mark.django_db
+def test_schedules_that_do_not_fit_their_calls_are_w006():
+    right = ScheduleModel.objects.create(
+        name="right", func_name=add.name, every=60, arguments={"args": [1]}
+    )
+    assert checks.check_databases(databases=["default"]) == []
+    ScheduleModel.objects.filter(pk=right.pk).update(name="wrong", arguments={"args": [1, 2, 3]})
+
+    (found,) = checks.check_databases(databases=["default"])
+
+    assert found.id == "firefly_jobs.W006"
+    assert "Schedule 'wrong' cannot run: TypeError: tests.testapp.tasks.add" in found.msg
+    ScheduleModel.objects.filter(pk=right.pk).update(func_name="tests.gone")
+    (found,) = checks.check_databases(databases=["default"])
+    assert "No task named 'tests.gone'" in found.msg
 
 
 @pytest.mark.django_db

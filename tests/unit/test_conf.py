@@ -40,7 +40,7 @@ def test_every_rule_is_tested_here():
     tested = [*COUNTS, *POSITIVE_COUNTS, *FLAGS, *DURATIONS, *POSITIVE_DURATIONS, *TEXTS]
 
     words = {"LEASE_SECONDS", "SERIALIZER", "IMPORTS", "HOOKS", "KEEP_EVENTS", "SCHEDULE_OWNER"}
-    words |= {"API_AUTHENTICATOR"}
+    words |= {"API_AUTHENTICATOR", "JOB_ADMIN_ACTIONS"}
     assert {*tested} | words == set(_RULES)
 
 
@@ -169,6 +169,12 @@ def test_a_nap_may_be_left_to_the_database():
 def test_an_owner_may_be_left_to_the_settings_module():
     assert problems({"SCHEDULE_OWNER": None}) == problems({"SCHEDULE_OWNER": "shop"}) == []
     assert "must be a non-empty string, or None" in complaint("SCHEDULE_OWNER", "")
+
+
+def test_admins_are_named_by_the_labels_of_their_models():
+    assert problems({"JOB_ADMIN_ACTIONS": {"shop.Order": "order"}}) == []
+    for wrong in ({"Order": "order"}, {"shop.Order": ""}, ["shop.Order"], "shop.Order"):
+        assert "must be a dictionary from labels" in complaint("JOB_ADMIN_ACTIONS", wrong)
 
 
 def test_an_authenticator_is_named_by_its_path():

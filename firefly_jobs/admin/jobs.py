@@ -1,0 +1,165 @@
+# ruff: noqa: ARG002 - Django calls these methods, with its own arguments
+"""Registered jobs in the admin: actions on the selected rows, saved jobs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from django.apps import apps
+from django.contrib import admin, messages
+from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
+from django.db.models import QuerySet
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.template.response import TemplateResponse
+from django.urls import NoReverseMatch, reverse
+from django.utils.translation import gettext_lazy as _
+
+from firefly_jobs.conf import get_settings
+from firefly_jobs.exceptions import JobRefused
+from firefly_jobs.models import SavedJob
+from firefly_jobs.registered_jobs import (
+    NamedJob,
+    RegisteredJob,
+    check_start,
+    get_job_from_name,
+    registered_jobs,
+)
+
+from .forms import SavedJobForm, arguments_form, arguments_of
+from .rows import alias
+
+if TYPE_CHECKING:
+    _SavedAdmin = admin.ModelAdmin[SavedJob]
+else:
+    _SavedAdmin = admin.ModelAdmin
+
+PREFIX = "start_job_"
+_CONFIRMED = "firefly_confirmed"
+# What the page of a form names of the objects; the others are counted.
+OBJECTS_SHOWN = 20
+
+
+class RegisteredJobsMixin:
+    """Offers the registered jobs of one type as actions on the rows of a ``ModelAdmin``.
+
+    Attributes:
+        job_data_type: The type; by default the model's name in lower case.
+    """
+
+    job_data_type: str | None = None
+
+    if TYPE_CHECKING:
+        model: Any
+        admin_site: Any
+        opts: Any
+
+    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
+        """Add the jobs that this user may start."""
+        actions: dict[str, Any] = super().get_actions(request)  # type: ignore[misc]
+        kind = self.job_data_type or self.model._meta.model_name
+        for job in registered_jobs(request.user, kind):
+            name = f"{PREFIX}{job.task_name}"
+            actions[name] = (partial(_start, job=job), name, _("Start: %s") % job.name)
+        return actions
+
+
+def _start(
+    model_admin: Any, request: HttpRequest, queryset: QuerySet[Any], *, job: RegisteredJob
+) -> HttpResponse | None:
+    """Ask for the arguments, then start the job, and go to the page of its task."""
+    # One more than may be, so that too many are refused without reading all.
+    pks = list(queryset.order_by("pk").values_list("pk", flat=True)[: job.max_items + 1])
+    is_confirmed = request.POST.get(_CONFIRMED) == job.task_name
+    form = arguments_form(job)(request.POST if is_confirmed else None)
+    try:
+        if not is_confirmed:
+            # What no form can mend is told before there is one.
+            check_start(job, pks, request.user.pk)
+        elif form.is_valid():
+            row = _named(job, pks, arguments_of(form), request).apply_async()
+            text = _("Started “%(name)s” as task %(pk)s.") % {"name": job.name, "pk": row.pk}
+            model_admin.message_user(request, text, messages.SUCCESS)
+            return _to_task(request, row.pk)
+    except (JobRefused, ValueError) as refusal:
+        model_admin.message_user(request, str(refusal), messages.ERROR)
+        return None
+    count = queryset.count()
+    context = {
+        **model_admin.admin_site.each_context(request),
+        "title": job.name,
+        "opts": model_admin.opts,
+        "job": job,
+        "form": form,
+        "objects": list(queryset.order_by("pk")[:OBJECTS_SHOWN]),
+        "more": max(0, count - OBJECTS_SHOWN),
+        "count": count,
+        "selected": request.POST.getlist(ACTION_CHECKBOX_NAME),
+        "select_across": request.POST.get("select_across", "0"),
+        "action": f"{PREFIX}{job.task_name}",
+        "confirmed": _CONFIRMED,
+        "checkbox": ACTION_CHECKBOX_NAME,
+        "media": model_admin.media + form.media,
+    }
+    return TemplateResponse(request, "admin/firefly_jobs/registered/start.html", context)
+
+
+def _named(
+    job: RegisteredJob, pks: list[Any], arguments: dict[str, Any], request: HttpRequest
+) -> NamedJob:
+    kind = job.task_data_type
+    return get_job_from_name(job.task_name, kind, pks, arguments, user_pk=request.user.pk)
+
+
+def _to_task(request: HttpRequest, pk: int) -> HttpResponse | None:
+    if not request.user.has_perm("firefly_jobs.view_taskmodel"):
+        return None
+    try:
+        return HttpResponseRedirect(reverse("admin:firefly_jobs_taskmodel_change", args=[pk]))
+    except NoReverseMatch:
+        return None
+
+
+def apply_setting() -> None:
+    """Give the admins of models that ``FIREFLY_JOBS["JOB_ADMIN_ACTIONS"]`` names the actions."""
+    for label, kind in (get_settings().JOB_ADMIN_ACTIONS or {}).items():
+        model = apps.get_model(label)
+        if not admin.site.is_registered(model):
+            continue
+        present = type(admin.site.get_model_admin(model))
+        if not issubclass(present, RegisteredJobsMixin):
+            words = {"job_data_type": kind}
+            offering = type(f"{present.__name__}WithJobs", (RegisteredJobsMixin, present), words)
+            admin.site.unregister(model)
+            admin.site.register(model, offering)
+
+
+@admin.register(SavedJob)
+class SavedJobAdmin(_SavedAdmin):
+    """Starts that are kept by name."""
+
+    form = SavedJobForm
+    list_display = ("name", "task_name", "obj_type", "target_type", "target_pk", "relation")
+    list_filter = ("task_name", "obj_type")
+    search_fields = ("name",)
+    actions = ("start_now",)
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[SavedJob]:
+        """Read from the database of the tasks."""
+        return super().get_queryset(request).using(alias())
+
+    def save_model(self, request: HttpRequest, obj: SavedJob, form: Any, change: bool) -> None:
+        """Write to the database of the tasks."""
+        obj.save(using=alias(), force_insert=not change)
+
+    @admin.action(permissions=["change"], description=_("Start selected saved jobs"))
+    def start_now(self, request: HttpRequest, queryset: QuerySet[SavedJob]) -> None:
+        """Start each on what its target has now."""
+        for saved in queryset:
+            try:
+                row = saved.start(user=request.user.pk)
+            except (JobRefused, ValueError) as refusal:
+                self.message_user(request, f"{saved}: {refusal}", messages.ERROR)
+            else:
+                text = _("Started “%(name)s” as task %(pk)s.") % {"name": saved, "pk": row.pk}
+                self.message_user(request, text, messages.SUCCESS)

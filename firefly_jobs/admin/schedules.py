@@ -1,0 +1,221 @@
+# ruff: noqa: ARG002 - Django calls these methods, with its own arguments
+"""Schedules in the admin: what recurs, when next, and how it went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
+
+from django.contrib import admin, messages
+from django.db.models import QuerySet
+from django.http import HttpRequest
+from django.urls import reverse
+from django.utils import timezone
+from django.utils.html import format_html, format_html_join
+from django.utils.translation import gettext_lazy as _
+
+from firefly_jobs.autodiscovery import import_tasks
+from firefly_jobs.exceptions import JobRefused, ScheduleError
+from firefly_jobs.models import ScheduleModel
+
+from .forms import ScheduleForm
+from .presentation import NOTHING, brief_moment, moment, short_repr
+from .rows import alias
+
+if TYPE_CHECKING:
+    _ModelAdmin = admin.ModelAdmin[ScheduleModel]
+else:
+    _ModelAdmin = admin.ModelAdmin
+
+UPCOMING = 10
+TASKS_SHOWN = 10
+_OF_THE_CODE = ("name", "func_name", "saved_job")
+
+
+@admin.register(ScheduleModel)
+class ScheduleAdmin(_ModelAdmin):
+    """Look at schedules, run one now, pause and change them."""
+
+    form = ScheduleForm
+    list_display = (
+        *("name", "when", "state", "next_briefly", "last_briefly", "outcome"),
+        *("run_count", "success_count", "failure_count", "retry_count"),
+    )
+    list_filter = ("operation", "is_paused", "is_retired", "last_status")
+    search_fields = ("name", "func_name")
+    actions = ("run_selected_now", "pause_selected", "resume_selected")
+    readonly_fields = (
+        *("state", "declared_by", "next_occurrences", "outcome", "result", "last_at"),
+        *("run_count", "manual_count", "success_count", "failure_count", "retry_count"),
+        *("active_count", "latest_tasks"),
+    )
+    fieldsets = (
+        (None, {"fields": ("name", "state", "declared_by")}),
+        (_("Call"), {"fields": ("func_name", "saved_job", "arguments")}),
+        (
+            _("When"),
+            {
+                "fields": (
+                    *("cron", "timezone", "every", "starts_at", "ends_at", "max_runs"),
+                    *("misfire", "overlap", "jitter", "is_paused", "next_occurrences"),
+                )
+            },
+        ),
+        (
+            _("How it goes"),
+            {
+                "fields": (
+                    *("last_at", "outcome", "result", "run_count", "manual_count"),
+                    *("success_count", "failure_count", "retry_count", "active_count"),
+                    "latest_tasks",
+                )
+            },
+        ),
+    )
+
+    class Media:
+        css = {"all": ("firefly_jobs/admin.css",)}  # noqa: RUF012 - as Django reads it
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[ScheduleModel]:
+        """Read from the database of the tasks."""
+        return super().get_queryset(request).using(alias())
+
+    def get_form(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        """Return the form, once this process knows the project's tasks."""
+        import_tasks()
+        return super().get_form(request, *args, **kwargs)
+
+    def get_readonly_fields(self, request: HttpRequest, obj: ScheduleModel | None = None) -> Any:
+        """Leave to the code what belongs to it."""
+        found = super().get_readonly_fields(request, obj)
+        if obj is not None and (obj.owner or obj.raw_call):
+            return (*found, *_OF_THE_CODE)
+        return found
+
+    def has_delete_permission(self, request: HttpRequest, obj: ScheduleModel | None = None) -> bool:
+        """Leave what the code declares, which would come back; what is retired may go."""
+        may = super().has_delete_permission(request, obj)
+        return may and (obj is None or not obj.owner or obj.is_retired)
+
+    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
+        """Delete one at a time, since some may not be."""
+        found = super().get_actions(request)
+        found.pop("delete_selected", None)
+        return found
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        """Write what was changed, and nothing that consumers count."""
+        if not change:
+            obj.save(using=alias(), force_insert=True)
+        elif form.changed_data:
+            changes = {name: form.cleaned_data[name] for name in form.changed_data}
+            row = ScheduleModel.objects.using(alias()).get(pk=obj.pk)
+            row.change(**changes)
+
+    # --- actions
+
+    @admin.action(permissions=["change"], description=_("Run selected schedules now"))
+    def run_selected_now(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        """Start each once more."""
+        import_tasks()
+        for row in queryset:
+            try:
+                started = row.run_now()
+            except (ScheduleError, JobRefused, ValueError, TypeError) as error:
+                self.message_user(request, f"{row}: {error}", messages.ERROR)
+            else:
+                text = _("Started “%(name)s”: %(what)s.") % {"name": row, "what": started}
+                self.message_user(request, text, messages.SUCCESS)
+
+    @admin.action(permissions=["change"], description=_("Pause selected schedules"))
+    def pause_selected(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        """Let none of them fire."""
+        for row in queryset:
+            row.pause()
+
+    @admin.action(permissions=["change"], description=_("Resume selected schedules"))
+    def resume_selected(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        """Let them fire again."""
+        for row in queryset:
+            row.resume()
+
+    # --- columns and fields
+
+    @admin.display(description=_("when"))
+    def when(self, row: ScheduleModel) -> str:
+        """Show the expression, or the interval."""
+        if row.cron:
+            return format_html('<code class="firefly-cron">{}</code> {}', row.cron, row.timezone)
+        return str(_("by hand")) if row.every is None else f"{row.every:g} s"
+
+    @admin.display(description=_("state"))
+    def state(self, row: ScheduleModel) -> str:
+        """Show whether it runs, waits, or fires no more."""
+        word, label = row.operation, str(row.get_operation_display())
+        if row.is_retired:
+            word, label = "cancelled", str(_("retired"))
+        elif row.is_paused:
+            word, label = "blocked", str(_("paused"))
+        return format_html('<span class="firefly-status firefly-{}">{}</span>', word, label)
+
+    @admin.display(description=_("next run"), ordering="next_run")
+    def next_briefly(self, row: ScheduleModel) -> str:
+        """Show when it is due, for a column."""
+        return brief_moment(row.next_run) if row.next_run else NOTHING
+
+    @admin.display(description=_("last run"), ordering="last_run")
+    def last_briefly(self, row: ScheduleModel) -> str:
+        """Show when it was started last, for a column."""
+        return brief_moment(row.last_run) if row.last_run else NOTHING
+
+    @admin.display(description=_("last run"))
+    def last_at(self, row: ScheduleModel) -> str:
+        """Show when it was started last."""
+        return moment(row.last_run) if row.last_run else NOTHING
+
+    @admin.display(description=_("last status"))
+    def outcome(self, row: ScheduleModel) -> str:
+        """Show how the latest that has ended did."""
+        if not row.last_status:
+            return NOTHING
+        return format_html(
+            '<span class="firefly-status firefly-{}">{}</span>',
+            row.last_status,
+            row.get_last_status_display(),
+        )
+
+    @admin.display(description=_("last result"))
+    def result(self, row: ScheduleModel) -> str:
+        """Show what it returned, or its error."""
+        if row.raw_last_result is None:
+            return row.last_error or NOTHING
+        try:
+            return short_repr.repr(row.last_result)
+        except Exception as error:  # noqa: BLE001 - another key, a class that has gone
+            return f"{type(error).__name__}: {error}"
+
+    @admin.display(description=_("declared by"))
+    def declared_by(self, row: ScheduleModel) -> str:
+        """Show whose code declares it."""
+        return row.owner or str(_("nobody: it was made by hand, or at run time"))
+
+    @admin.display(description=_("next occurrences"))
+    def next_occurrences(self, row: ScheduleModel) -> str:
+        """Show the next ten, in the schedule's own time zone."""
+        zone = ZoneInfo(row.timezone) if row.timezone else timezone.get_current_timezone()
+        found = row.upcoming(UPCOMING) if row.pk else []
+        if not found:
+            return NOTHING
+        lines = ((f"{one.astimezone(zone):%a %Y-%m-%d %H:%M:%S %Z}",) for one in found)
+        return format_html_join("", "<div>{}</div>", lines)
+
+    @admin.display(description=_("latest tasks"))
+    def latest_tasks(self, row: ScheduleModel) -> str:
+        """Show the latest tasks that it has started."""
+        if not row.pk:
+            return NOTHING
+        lines = (
+            (reverse("admin:firefly_jobs_taskmodel_change", args=[task.pk]), task, task.status)
+            for task in row.tasks[:TASKS_SHOWN]
+        )
+        return format_html_join("", '<div><a href="{}">{}</a> {}</div>', lines) or NOTHING
