@@ -13,6 +13,7 @@ from django.core.exceptions import ObjectDoesNotExist, ValidationError
 from django.db import models
 from django.utils.translation import gettext_lazy as _
 
+from .databases.fields import PlainJSONField
 from .databases.functions import DatabaseNow
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class JobStart(models.Model):
     user_pk = models.CharField(_("user"), max_length=PK_LENGTH_MAX, blank=True, default="")
     task_name = models.CharField(_("job"), max_length=JOB_LENGTH_MAX)
     obj_type = models.CharField(_("type of objects"), max_length=TYPE_LENGTH_MAX)
-    obj_pks = models.JSONField(_("objects"), default=list)
+    obj_pks = PlainJSONField(_("objects"), default=list)
     created = models.DateTimeField(_("created"), db_default=DatabaseNow(), editable=False)
 
     class Meta:
@@ -92,7 +93,7 @@ class SavedJob(models.Model):
     name = models.CharField(_("name"), max_length=JOB_LENGTH_MAX, unique=True)
     task_name = models.CharField(_("job"), max_length=JOB_LENGTH_MAX)
     obj_type = models.CharField(_("type of objects"), max_length=TYPE_LENGTH_MAX)
-    job_args = models.JSONField(_("arguments"), default=dict, blank=True)
+    job_args = PlainJSONField(_("arguments"), default=dict, blank=True)
     # Not by content types, which not every project has installed.
     target_type = models.CharField(
         _("type of target"), max_length=PK_LENGTH_MAX, blank=True, default=""
