@@ -267,6 +267,12 @@ def registered_jobs(user: Any = None, obj_type: str | None = None) -> list[Regis
     ]
 
 
+def not_tasks() -> list[RegisteredJob]:
+    """Return what was registered and cannot be started, since it is no task; by ``task_name``."""
+    found = [job for job in _jobs.values() if job.given is None and registry.of(job.func) is None]
+    return sorted(found, key=lambda job: job.task_name)
+
+
 def is_staff(user: Any) -> bool:
     """Whether a user is staff; a project's own kind of user may not know the word."""
     return bool(getattr(user, "is_staff", False))
