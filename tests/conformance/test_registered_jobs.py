@@ -10,10 +10,12 @@ from unittest import mock
 import pytest
 from django.contrib.auth import get_user_model
 from django.core.exceptions import PermissionDenied, ValidationError
+from django.core.management import call_command
 from django.db import transaction
 from django.test.utils import isolate_apps
 
 from firefly_jobs import atask, firing, registered_jobs, registry
+from firefly_jobs.databases.functions import DatabaseNow
 from firefly_jobs.exceptions import JobRefused, TaskDefinitionError
 from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
 from firefly_jobs.registered_jobs import (
@@ -21,6 +23,7 @@ from firefly_jobs.registered_jobs import (
     register_job,
     start_job_from_name,
 )
+from firefly_jobs.states import Status
 from testproject.datafiles.models import DataFile, Project
 from testproject.datafiles.tasks import flag_custom
 from tests.conformance.support import run_burst
@@ -272,6 +275,27 @@ def test_a_user_of_a_kind_that_has_no_staff_is_none():
 
     jobs = registered_jobs.registered_jobs(Person(), "datafile")
     assert [job.task_name for job in jobs] == ["flag_custom"]
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "moment"),
+    [
+        ("delete_completed_tasks", Status.COMPLETED, "completed"),
+        ("delete_failed_tasks", Status.FAILED, "failed"),
+    ],
+)
+def test_who_started_a_task_is_pruned_with_it(user, command, status, moment):
+    for number in range(3):
+        start_job_from_name("flag_custom", "datafile", [number], user_pk=user.pk)
+    kept, *ended = TaskModel.objects.order_by("pk")
+    for row in ended:
+        TaskModel.objects.filter(pk=row.pk).update(status=status, **{moment: DatabaseNow()})
+
+    call_command(command, verbosity=0)
+
+    assert list(JobStart.objects.values_list("task", flat=True)) == [kept.pk]
+    kept.delete()
+    assert not JobStart.objects.exists()
 
 
 # --- objects and arguments
