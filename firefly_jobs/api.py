@@ -6,8 +6,11 @@ No request is looked at here; ``views`` does that.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+from uuid import UUID
 
 from django.core.serializers.json import DjangoJSONEncoder
 
@@ -26,7 +29,12 @@ _KINDS: dict[Any, dict[str, Any]] = {
     datetime: {"type": "string", "format": "date-time"},
     date: {"type": "string", "format": "date"},
     list: {"type": "array"},
+    tuple: {"type": "array"},
+    Sequence: {"type": "array"},
     dict: {"type": "object"},
+    Mapping: {"type": "object"},
+    UUID: {"type": "string", "format": "uuid"},
+    type(None): {"type": "null"},
 }
 
 
@@ -62,21 +70,23 @@ def _argument_as_json(argument: Argument) -> dict[str, Any]:
     if not argument.is_required:
         try:
             found["default"] = as_json(argument.default)
-        except (TypeError, ValueError):
-            found["default"] = repr(argument.default)[:TEXT_LENGTH_MAX]
+        except (TypeError, ValueError, RecursionError):
+            found["default"] = _text_of(argument.default)
     return found
 
 
 def schema_of(annotation: Any) -> dict[str, Any]:
-    """Return the JSON schema of an annotation, as far as that is simple."""
-    origin = get_origin(annotation)
+    """Return the JSON schema of an annotation, as far as that is simple; else that of anything."""
+    origin, members = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return {"enum": list(get_args(annotation))}
-    found = _KINDS.get(origin or annotation)
-    if found is not None:
-        return dict(found)
-    members = [one for one in get_args(annotation) if one is not type(None)]
-    return schema_of(members[0]) if len(members) == 1 else {}
+        is_json = all(isinstance(one, str | int | None) for one in members)
+        return {"enum": list(members)} if is_json else {}
+    if origin in {Union, UnionType}:
+        found = [schema_of(one) for one in members]
+        return {"anyOf": found} if all(found) else {}
+    # What is subscripted with something else is hashable whatever that is.
+    kind = origin or annotation
+    return dict(_KINDS.get(kind, {})) if isinstance(kind, type) else {}
 
 
 def task_as_json(task: TaskModel) -> dict[str, Any]:
@@ -94,8 +104,8 @@ def task_as_json(task: TaskModel) -> dict[str, Any]:
         else:
             try:
                 result = as_json(value)
-            except (TypeError, ValueError):
-                text = repr(value)[:TEXT_LENGTH_MAX]
+            except (TypeError, ValueError, RecursionError):
+                text = _text_of(value)
     return {
         "id": task.pk,
         "func_name": task.func_name,
@@ -111,6 +121,13 @@ def task_as_json(task: TaskModel) -> dict[str, Any]:
         "result_text": text,
         "error": task.error,
     }
+
+
+def _text_of(value: Any) -> str:
+    try:
+        return repr(value)[:TEXT_LENGTH_MAX]
+    except Exception as error:  # noqa: BLE001 - repr() is the project's code, and one row of many
+        return f"a {type(value).__name__}, whose repr() raises {type(error).__name__}"
 
 
 def _progress(task: TaskModel) -> float:

@@ -7,8 +7,8 @@ there) is checked where Django checks databases: ``check --database default`` an
 
 Ids are never used again for something else.  ``E001`` settings, ``E002`` and ``E007``
 aliases, ``E003`` time zones, ``E004`` to ``E006`` databases, ``E008`` imports, ``E009``
-hooks; ``W001`` and ``W002`` unpickling, ``W003`` tables, ``W004`` WAL, ``W005`` no answer,
-``W006`` schedules.
+hooks, ``E010`` registered jobs, ``E011`` who asks over HTTP; ``W001`` and ``W002``
+unpickling, ``W003`` tables, ``W004`` WAL, ``W005`` no answer, ``W006`` schedules.
 
 To add one: take the next id, write a message and a hint, add a row to
 ``docs/reference/checks.md`` and a case to ``tests/integration/test_checks.py``.
@@ -16,6 +16,7 @@ To add one: take the next id, write a message and a hint, add a row to
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from django.core.checks import CheckMessage, Error, Tags, Warning, register  # n
 from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.db import Error as DatabaseError
 from django.db import connections
+from django.utils.module_loading import import_string
 
 from . import databases, registry
 from .autodiscovery import import_tasks
@@ -33,6 +35,7 @@ from .databases import Problem
 from .hooks import load_shared
 from .models import ScheduleModel, TaskModel
 from .planning import check_call
+from .registered_jobs import not_tasks
 
 # As Django's own security.W009 has it.
 _SECRET_LENGTH_MIN = 50
@@ -133,6 +136,57 @@ def check_hooks(**_: Any) -> list[CheckMessage]:
                 )
             )
     return found
+
+
+@register
+def check_registered_jobs(**_: Any) -> list[CheckMessage]:
+    """Check that what people may start are tasks."""
+    if problems(getattr(django_settings, SETTING, {})):
+        return []
+    try:
+        import_tasks()
+    except Exception:  # noqa: BLE001 - told as E008
+        return []
+    return [
+        Error(
+            f"The registered job {job.task_name!r} is "
+            f"{job.func.__module__}.{job.func.__qualname__}, which is no task, so nobody can "
+            f"start it.",
+            hint="Decorate the function with @task or @atask as well, above @register_job or "
+            "below it.",
+            obj=job.func,
+            id="firefly_jobs.E010",
+        )
+        for job in not_tasks()
+    ]
+
+
+@register
+def check_authenticator(**_: Any) -> list[CheckMessage]:
+    """Check that what tells who asks over HTTP can be called."""
+    if problems(getattr(django_settings, SETTING, {})):
+        return []
+    name = get_settings().API_AUTHENTICATOR
+    if name is None:
+        return []
+    try:
+        found = import_string(name)
+    except Exception as error:  # noqa: BLE001 - importing runs the project's code; a check reports
+        reason = f"cannot be imported: {type(error).__name__}: {error}"
+    else:
+        if inspect.iscoroutinefunction(found):
+            reason = "is a coroutine function, which the views do not await"
+        elif not callable(found):
+            reason = "cannot be called"
+        else:
+            return []
+    return [
+        Error(
+            f"{SETTING}['API_AUTHENTICATOR'] is {name!r}, which {reason}.",
+            hint="Name a plain function that takes the request and returns a user, or None.",
+            id="firefly_jobs.E011",
+        )
+    ]
 
 
 @register(Tags.security)

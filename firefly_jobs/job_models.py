@@ -13,6 +13,7 @@ from django.core.exceptions import ObjectDoesNotExist, ValidationError
 from django.db import models
 from django.utils.translation import gettext_lazy as _
 
+from .databases.fields import PlainJSONField
 from .databases.functions import DatabaseNow
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class JobStart(models.Model):
     user_pk = models.CharField(_("user"), max_length=PK_LENGTH_MAX, blank=True, default="")
     task_name = models.CharField(_("job"), max_length=JOB_LENGTH_MAX)
     obj_type = models.CharField(_("type of objects"), max_length=TYPE_LENGTH_MAX)
-    obj_pks = models.JSONField(_("objects"), default=list)
+    obj_pks = PlainJSONField(_("objects"), default=list)
     created = models.DateTimeField(_("created"), db_default=DatabaseNow(), editable=False)
 
     class Meta:
@@ -71,7 +72,8 @@ def reference_to(target: models.Model) -> tuple[str, str]:
     if pk is None:
         message = f"This {target._meta.label} is not saved, so nothing can refer to it."
         raise ValueError(message)
-    return target._meta.label_lower, str(pk)
+    # A proxy has the rows of its model, and who asks may hold either.
+    return target._meta.concrete_model._meta.label_lower, str(pk)
 
 
 class SavedJob(models.Model):
@@ -91,7 +93,7 @@ class SavedJob(models.Model):
     name = models.CharField(_("name"), max_length=JOB_LENGTH_MAX, unique=True)
     task_name = models.CharField(_("job"), max_length=JOB_LENGTH_MAX)
     obj_type = models.CharField(_("type of objects"), max_length=TYPE_LENGTH_MAX)
-    job_args = models.JSONField(_("arguments"), default=dict, blank=True)
+    job_args = PlainJSONField(_("arguments"), default=dict, blank=True)
     # Not by content types, which not every project has installed.
     target_type = models.CharField(
         _("type of target"), max_length=PK_LENGTH_MAX, blank=True, default=""
@@ -138,8 +140,11 @@ class SavedJob(models.Model):
     def target(self, value: models.Model | None) -> None:
         self.target_type, self.target_pk = ("", "") if value is None else reference_to(value)
 
-    def current_pks(self) -> list[Any]:
+    def current_pks(self, *, at_most: int) -> list[Any]:
         """Return the keys of what the relation of its target has now.
+
+        Args:
+            at_most: How many a start may be about; one more is returned if there are more.
 
         Raises:
             ValidationError: If there is no target, or it has no such relation.
@@ -149,14 +154,28 @@ class SavedJob(models.Model):
             raise ValidationError({"relation": message})
         try:
             target = self.target
-        except (ObjectDoesNotExist, LookupError) as error:
+        except (LookupError, ValueError) as error:
+            # No such model, no label of a model, or no key of that model.
+            field = "target_pk" if self._has_model() else "target_type"
+            raise ValidationError({field: str(error)}) from None
+        except ValidationError as error:
+            raise ValidationError({"target_pk": error.messages}) from None
+        except ObjectDoesNotExist as error:
             raise ValidationError({"target_pk": str(error)}) from None
         related: Any = getattr(target, self.relation, None)
         if not hasattr(related, "values_list"):
             message = _("%(target)s has no relation %(relation)r to many objects.")
             values = {"target": self.target_type, "relation": self.relation}
             raise ValidationError({"relation": message % values})
-        return list(related.order_by("pk").values_list("pk", flat=True))
+        # One more than may be, so that a start sees that there are too many.
+        return list(related.order_by("pk").values_list("pk", flat=True)[: at_most + 1])
+
+    def _has_model(self) -> bool:
+        try:
+            apps.get_model(self.target_type)
+        except (LookupError, ValueError):
+            return False
+        return True
 
     def get_job(self, pks: Iterable[Any] | None = None, user: Any = None) -> NamedJob:
         """Return the job, checked as every other start is.
@@ -168,7 +187,7 @@ class SavedJob(models.Model):
         Raises:
             JobRefused: As ``get_job_from_name``.
         """
-        from .registered_jobs import saved  # noqa: PLC0415 - a verb on a row, see ARCHITECTURE layers
+        from .saved_jobs import saved  # noqa: PLC0415 - a verb on a row, see ARCHITECTURE layers
 
         return saved(self, pks, user)
 
@@ -182,6 +201,9 @@ class SavedJob(models.Model):
         Raises:
             ValidationError: With a message per field.
         """
-        from .registered_jobs import check_saved  # noqa: PLC0415 - as above
+        from .saved_jobs import check_saved  # noqa: PLC0415 - as above
 
+        if self.job_args is None:
+            # What an empty field of a form stands for.
+            self.job_args = {}
         check_saved(self)

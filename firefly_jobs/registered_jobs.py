@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +22,9 @@ from django.db import connections
 from . import databases, registry
 from .autodiscovery import import_tasks
 from .conf import suggestion
-from .exceptions import JobRefused, TaskDefinitionError
-from .job_models import JobStart, SavedJob
+from .exceptions import JobRefused, TaskAlreadyScheduled, TaskDefinitionError
+from .job_arguments import Argument, arguments_of
+from .job_models import JOB_LENGTH_MAX, TYPE_LENGTH_MAX, JobStart
 from .jobs import Job
 from .models import TaskModel
 
@@ -40,29 +40,10 @@ __all__ = [
 ]
 
 MAX_ITEMS = 500
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _WORD = re.compile(r"[A-Za-z_]\w*\Z")
-_HELP = re.compile(r"^\s+(\w+)(?: \([^)]*\))?:\s+(.+)$")
 
 CanStart = Callable[[Any, list[Any]], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """What a person may say when a job is started.
-
-    Attributes:
-        name: Its name.
-        type: The annotation, or ``None`` without one.
-        is_required: Whether it has no default.
-        default: That default.
-        help: What the docstring says about it.
-    """
-
-    name: str
-    type: Any
-    is_required: bool
-    default: Any = None
-    help: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +58,8 @@ class RegisteredJob:
     max_items: int = MAX_ITEMS
     default_args: Mapping[str, Any] | None = None
     can_start: CanStart | None = None
+    # What was registered, if that was a task: a ``using()`` copy has options of its own.
+    given: Any = None
 
     @property
     def pks_word(self) -> str:
@@ -90,7 +73,7 @@ class RegisteredJob:
         Raises:
             TaskDefinitionError: If the function was not decorated with ``@task`` or ``@atask``.
         """
-        task = registry.of(self.func)
+        task = self.given or registry.of(self.func)
         if task is None:
             message = (
                 f"The registered job {self.task_name!r} is {_label(self.func)}, which is no task. "
@@ -107,24 +90,9 @@ class RegisteredJob:
     @property
     def arguments(self) -> list[Argument]:
         """What a person may say, in order."""
-        hints = _hints(self.func)
-        defaults = self.default_args or {}
-        helps: dict[str, str] = {}
-        for line in (self.func.__doc__ or "").splitlines():
-            if match := _HELP.match(line):
-                helps[match[1]] = match[2]
-        found = []
-        for name, parameter in self.task.signature.plain.parameters.items():
-            is_word = parameter.kind in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}
-            if not is_word or name in {self.pks_word, "user_pk"}:
-                continue
-            has_default = name in defaults or parameter.default is not parameter.empty
-            default = defaults.get(name, parameter.default) if has_default else None
-            text = helps.get(name, "")
-            found.append(
-                Argument(name, hints.get(name), not has_default, copy.deepcopy(default), text)
-            )
-        return found
+        parameters = self.task.signature.plain.parameters
+        hidden = {self.pks_word, "user_pk"}
+        return arguments_of(self.func, parameters, self.default_args or {}, hidden=hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +173,18 @@ def register_job(  # noqa: PLR0917 - the names of the field, in their order
         if not isinstance(value, str) or not value.strip():
             message = f"{word} must be a text that is not empty, got {value!r}."
             raise ValueError(message)
+    if len(task_name) > JOB_LENGTH_MAX or not task_name.isprintable() or "/" in task_name:
+        message = (
+            f"task_name must be {JOB_LENGTH_MAX} printable characters at most and no slash, since "
+            f"it is part of a URL, got {task_name!r}."
+        )
+        raise ValueError(message)
     kind: Any = task_data_type
-    if not isinstance(kind, str) or not _WORD.match(kind):
-        message = f"task_data_type must be a word such as 'datafile', got {task_data_type!r}."
+    if not isinstance(kind, str) or not _WORD.match(kind) or len(kind) > TYPE_LENGTH_MAX:
+        message = (
+            f"task_data_type must be a word such as 'datafile', of {TYPE_LENGTH_MAX} characters at "
+            f"most, got {task_data_type!r}."
+        )
         raise ValueError(message)
     number: Any = max_items
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
@@ -217,12 +194,25 @@ def register_job(  # noqa: PLR0917 - the names of the field, in their order
     if asked is not None and not callable(asked):
         message = f"can_start must be callable, got {can_start!r}."
         raise TypeError(message)
+    waits = inspect.iscoroutinefunction
+    if asked is not None and (waits(asked) or waits(type(asked).__call__)):
+        # A coroutine is true whatever it would return, so it would let everybody in.
+        message = f"can_start must be a plain function, got the coroutine function {can_start!r}."
+        raise TypeError(message)
     defaults = copy.deepcopy(dict(default_args or {}))
 
     def decorate(what: Any) -> Any:
-        func = what.func if hasattr(what, "row_of") else what
+        given = what if hasattr(what, "row_of") else None
         found = RegisteredJob(
-            name, task_name, task_data_type, func, task_admin_only, max_items, defaults, can_start
+            name,
+            task_name,
+            task_data_type,
+            what if given is None else given.func,
+            task_admin_only=task_admin_only,
+            max_items=max_items,
+            default_args=defaults,
+            can_start=can_start,
+            given=given,
         )
         _check(found)
         _jobs[task_name] = found
@@ -249,20 +239,14 @@ def _check(job: RegisteredJob) -> None:
                 f"{word}, which a start passes."
             )
             raise TaskDefinitionError(message)
-    if job.pks_word in (job.default_args or {}):
-        message = f"default_args has {job.pks_word}, which each start says itself."
-        raise TaskDefinitionError(message)
+    for word in (job.pks_word, "user_pk"):
+        if word in (job.default_args or {}):
+            message = f"default_args has {word}, which each start says itself."
+            raise TaskDefinitionError(message)
 
 
 def _label(func: Callable[..., Any]) -> str:
     return f"{func.__module__}.{func.__qualname__}"
-
-
-def _hints(func: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(func)
-    except Exception:  # noqa: BLE001 - a name that exists for type checkers only
-        return {}
 
 
 def registered_jobs(user: Any = None, obj_type: str | None = None) -> list[RegisteredJob]:
@@ -276,9 +260,22 @@ def registered_jobs(user: Any = None, obj_type: str | None = None) -> list[Regis
     return [
         job
         for job in sorted(_jobs.values(), key=lambda job: (job.name, job.task_name))
-        if (user is None or user.is_staff or not job.task_admin_only)
+        # A function that is no task cannot be started; the system check tells of it.
+        if (job.given or registry.of(job.func)) is not None
+        and (user is None or is_staff(user) or not job.task_admin_only)
         and (obj_type is None or job.task_data_type == obj_type)
     ]
+
+
+def not_tasks() -> list[RegisteredJob]:
+    """Return what was registered and cannot be started, since it is no task; by ``task_name``."""
+    found = [job for job in _jobs.values() if job.given is None and registry.of(job.func) is None]
+    return sorted(found, key=lambda job: job.task_name)
+
+
+def is_staff(user: Any) -> bool:
+    """Whether a user is staff; a project's own kind of user may not know the word."""
+    return bool(getattr(user, "is_staff", False))
 
 
 def find(task_name: str) -> RegisteredJob:
@@ -362,6 +359,8 @@ def start_job_from_name(
         row = named.apply_async()
     except JobRefused as refusal:
         return False, refusal.message, refusal.status_code
+    except TaskAlreadyScheduled as error:
+        return False, str(error), 400
     return True, f"Started {named.registered.name!r} as task {row.pk}.", 200
 
 
@@ -383,29 +382,42 @@ def _pks(registered: RegisteredJob, given: Any) -> tuple[Any, ...]:
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
         message = f"The keys of objects are a list, got {type(given).__name__}."
         raise JobRefused(message, 400)
-    pks = list(given)
-    wrong = [pk for pk in pks if isinstance(pk, bool) or not isinstance(pk, int | str | UUID)]
-    if wrong:
-        kind = type(wrong[0]).__name__
-        message = f"The key of an object is a number, a text or a UUID, got a {kind}."
-        raise JobRefused(message, 400)
-    pks = list(dict.fromkeys(pks))
+    pks: dict[Any, None] = {}
+    for pk in given:
+        _check_pk(pk)
+        pks[pk] = None
+        # Not after all of them were read: a query set may have millions.
+        if len(pks) > registered.max_items:
+            # The length of a query set would be one more query, and of all its rows.
+            is_known = isinstance(given, list | tuple | set | frozenset | range)
+            message = (
+                f"{registered.name!r} is started on {registered.max_items} objects at most, got "
+                f"{len(given) if is_known else 'more'}. Start it on fewer."
+            )
+            raise JobRefused(message, 400)
     if not pks:
         message = f"{registered.name!r} needs at least one {registered.task_data_type}."
         raise JobRefused(message, 400)
-    if len(pks) > registered.max_items:
-        message = (
-            f"{registered.name!r} is started on {registered.max_items} objects at most, got "
-            f"{len(pks)}. Start it on fewer."
-        )
-        raise JobRefused(message, 400)
     return tuple(pks)
+
+
+def _check_pk(pk: Any) -> None:
+    if isinstance(pk, bool) or not isinstance(pk, int | str | UUID):
+        kind = type(pk).__name__
+        message = f"The key of an object is a number, a text or a UUID, got a {kind}."
+        raise JobRefused(message, 400)
+    # Nothing has such a key, and neither PostgreSQL nor MariaDB keeps it as JSON.
+    if isinstance(pk, str) and _UNSTORABLE.search(pk):
+        message = "The key of an object is a text with a character that databases do not keep."
+        raise JobRefused(message, 400)
 
 
 def _check_user(registered: RegisteredJob, pks: tuple[Any, ...], user_pk: Any) -> None:
     users: Any = get_user_model()._base_manager
     try:
-        user = users.filter(pk=user_pk).first()
+        # Django would look for user 1 if it were given True or 1.5.
+        is_key = not isinstance(user_pk, bool | float)
+        user = users.filter(pk=user_pk).first() if is_key else None
     except (TypeError, ValueError, ValidationError):
         user = None
     if user is None:
@@ -414,7 +426,7 @@ def _check_user(registered: RegisteredJob, pks: tuple[Any, ...], user_pk: Any) -
     if not user.is_active:
         message = f"User {user_pk} is not active, and may start nothing."
         raise JobRefused(message, 403)
-    if registered.task_admin_only and not user.is_staff:
+    if registered.task_admin_only and not is_staff(user):
         message = f"Only staff may start {registered.name!r}."
         raise JobRefused(message, 403)
     if registered.can_start is not None:
@@ -423,6 +435,11 @@ def _check_user(registered: RegisteredJob, pks: tuple[Any, ...], user_pk: Any) -
             may = registered.can_start(user, list(pks))
         except PermissionDenied as error:
             raise JobRefused(str(error) or message, 403) from error
+        if inspect.isawaitable(may):
+            if inspect.iscoroutine(may):
+                may.close()
+            message = f"can_start of {registered.task_name!r} must return True or False, not wait."
+            raise TypeError(message)
         if not may:
             raise JobRefused(message, 403)
 
@@ -442,44 +459,9 @@ def _arguments(registered: RegisteredJob, given: Any) -> dict[str, Any]:
             hint = suggestion(str(word), known)
             message = f"{registered.name!r} takes no argument {word!r}.{hint}"
             raise JobRefused(message, 400)
-    return {**copy.deepcopy(dict(registered.default_args or {})), **given}
-
-
-# --- saved
-
-
-def saved(row: SavedJob, pks: Iterable[Any] | None, user: Any) -> NamedJob:
-    """Return the start that a saved job stands for; see ``SavedJob.get_job``."""
-    if pks is None:
-        try:
-            pks = row.current_pks()
-        except ValidationError as error:
-            message = f"Saved job {row.name!r}: {' '.join(error.messages)}"
-            raise JobRefused(message, 400) from error
-    user_pk = getattr(user, "pk", user)
-    return get_job_from_name(row.task_name, row.obj_type, pks, row.job_args, user_pk)
-
-
-def check_saved(row: SavedJob) -> None:
-    """Check a saved job; see ``SavedJob.clean``."""
-    problems: dict[str, str] = {}
     try:
-        registered = find(row.task_name)
-    except JobRefused as refusal:
-        raise ValidationError({"task_name": refusal.message}) from None
-    if row.obj_type != registered.task_data_type:
-        problems["obj_type"] = f"This job is for {registered.task_data_type!r}."
-    if bool(row.target_type) != bool(row.target_pk):
-        problems["target_type"] = "Give the type and the key of the target, or neither."
-    elif row.target_type:
-        try:
-            row.current_pks()
-        except ValidationError as error:
-            problems.update({k: " ".join(v) for k, v in error.message_dict.items()})
-    try:
-        # With one object in place of those that a start is about.
-        get_job_from_name(row.task_name, registered.task_data_type, [1], row.job_args)
-    except JobRefused as refusal:
-        problems["job_args"] = refusal.message
-    if problems:
-        raise ValidationError(problems)
+        # Of both: whoever changes what they gave, after the checks, changes nothing here.
+        return copy.deepcopy({**(registered.default_args or {}), **given})
+    except (TypeError, copy.Error) as error:
+        message = f"The arguments do not fit {registered.name!r}: {error}. Pass plain values."
+        raise JobRefused(message, 400) from error

@@ -18,7 +18,7 @@ from django.utils.translation import gettext_lazy as _
 
 from . import cron as cron_rules
 from . import serializers
-from .databases.fields import ExactCharField
+from .databases.fields import ExactCharField, PlainJSONField
 from .databases.functions import DatabaseNow
 from .declarations import NAME_LENGTH_MAX as SCHEDULE_NAME_LENGTH_MAX
 from .declarations import Misfire, Overlap, problems_of
@@ -59,7 +59,7 @@ class ScheduleModel(models.Model):
     # --- what is called
     func_name = models.CharField(_("function"), max_length=NAME_LENGTH_MAX, blank=True, default="")
     # {"args": [...], "kwargs": {...}}: what a person has entered, in place of what is declared.
-    arguments = models.JSONField(_("arguments"), null=True, blank=True)
+    arguments = PlainJSONField(_("arguments"), null=True, blank=True)
     # A job or workflow that was given at run time, stored as payloads are.
     raw_call = models.TextField(_("stored call"), blank=True, default="", editable=False)
 
@@ -96,7 +96,7 @@ class ScheduleModel(models.Model):
     # The project that declares it in its code; empty for one that was made at run time.
     owner = models.CharField(_("declared by"), max_length=100, blank=True, default="")
     # What the code said last, so that what a person has changed is told from what it has.
-    declared = models.JSONField(null=True, blank=True, editable=False)
+    declared = PlainJSONField(null=True, blank=True, editable=False)
     # Its declaration has gone.
     is_retired = models.BooleanField(_("retired"), default=False, editable=False)
 

@@ -19,13 +19,14 @@ from django.urls import reverse
 from django.utils.decorators import method_decorator
 from django.utils.module_loading import import_string
 from django.views import View
+from django.views.decorators.cache import never_cache
 from django.views.decorators.csrf import csrf_exempt
 
 from . import api
 from .conf import get_settings
-from .exceptions import JobRefused
+from .exceptions import JobRefused, TaskAlreadyScheduled
 from .models import JobStart, TaskModel
-from .registered_jobs import find, get_job_from_name, registered_jobs
+from .registered_jobs import find, get_job_from_name, is_staff, registered_jobs
 
 _SAFE = {"GET", "HEAD", "OPTIONS"}
 _SEES_ALL = "firefly_jobs.view_taskmodel"
@@ -44,9 +45,23 @@ def _authenticator(name: str) -> Callable[[HttpRequest], Any]:
     return found
 
 
+# It changes nothing, and what it answers to a POST is 405, with or without a token.
+@method_decorator(csrf_exempt, name="dispatch")
+class JsonView(View):
+    """A view that says in JSON, too, which methods it has."""
+
+    def http_method_not_allowed(self, request: HttpRequest, *_args: Any, **_kwargs: Any) -> Any:
+        """Answer in JSON, too."""
+        allowed = ", ".join(name.upper() for name in self.http_method_names if hasattr(self, name))
+        message = f"{request.method} is not allowed here, but {allowed}."
+        return JsonResponse({"message": message}, status=405, headers={"Allow": allowed})
+
+
 # Looked at in dispatch: a request that another authenticator accepts needs no token.
 @method_decorator(csrf_exempt, name="dispatch")
-class ApiView(View):
+# What one user may see is kept for no other, and a status is asked for again and again.
+@method_decorator(never_cache, name="dispatch")
+class ApiView(JsonView):
     """A view for users, by session or by ``FIREFLY_JOBS["API_AUTHENTICATOR"]``."""
 
     user: Any = None
@@ -65,6 +80,9 @@ class ApiView(View):
         if self.user is None:
             self.user = getattr(request, "user", None)
             if request.method not in _SAFE and self._is_known:
+                # Before the check: that looks for a token in a form, and nobody could read the
+                # body of a form in parts afterwards.
+                _read(request)
                 check: Any = _CsrfCheck(lambda _request: HttpResponse())
                 check.process_request(request)
                 if reason := check.process_view(request, None, (), {}):
@@ -81,16 +99,10 @@ class ApiView(View):
     def _is_known(self) -> bool:
         return self.user is not None and bool(self.user.is_authenticated)
 
-    def http_method_not_allowed(self, request: HttpRequest, *_args: Any, **_kwargs: Any) -> Any:
-        """Answer in JSON, too."""
-        allowed = ", ".join(name.upper() for name in self.http_method_names if hasattr(self, name))
-        message = f"{request.method} is not allowed here, but {allowed}."
-        return JsonResponse({"message": message}, status=405, headers={"Allow": allowed})
-
     def visible(self) -> QuerySet[TaskModel]:
         """Return the tasks that this user may see."""
         rows = TaskModel.objects.using(get_settings().DATABASE)
-        if self.user.is_staff and self.user.has_perm(_SEES_ALL):
+        if is_staff(self.user) and self.user.has_perm(_SEES_ALL):
             return rows
         starts = JobStart.objects.using(rows.db).filter(user_pk=str(self.user.pk))
         return rows.filter(pk__in=starts.values("task"))
@@ -120,8 +132,7 @@ class Start(ApiView):
         )
         try:
             row = named.apply_async()
-        except ValueError as error:
-            # A unique key that is taken.
+        except TaskAlreadyScheduled as error:
             raise JobRefused(str(error), 400) from error
         row.refresh_from_db()
         message = f"Started {registered.name!r} as task {row.pk}."
@@ -148,7 +159,9 @@ class OneTask(ApiView):
 
     def get(self, _request: HttpRequest, task_id: str) -> JsonResponse:
         """Return its state and its result."""
-        is_id = task_id.isascii() and task_id.isdigit() and int(task_id) <= api.ID_MAX
+        # Not longer than any id: Python makes no number of thousands of digits.
+        is_short = len(task_id) <= len(str(api.ID_MAX))
+        is_id = is_short and task_id.isascii() and task_id.isdigit() and int(task_id) <= api.ID_MAX
         row = self.visible().filter(pk=int(task_id)).first() if is_id else None
         if row is None:
             message = f"There is no task {task_id} that you may see."
@@ -156,7 +169,7 @@ class OneTask(ApiView):
         return JsonResponse(api.task_as_json(row))
 
 
-class OpenApi(View):
+class OpenApi(JsonView):
     """The description, for everybody."""
 
     def get(self, request: HttpRequest) -> JsonResponse:
@@ -166,12 +179,17 @@ class OpenApi(View):
         return JsonResponse(api.description(path.removesuffix("openapi.json")))
 
 
-def _body(request: HttpRequest) -> dict[str, Any]:
+def _read(request: HttpRequest) -> bytes:
     try:
-        body = json.loads(request.body)
+        return request.body
     except RequestDataTooBig as error:
         message = "The body is too large. Start the job on fewer objects."
         raise JobRefused(message, 413) from error
+
+
+def _body(request: HttpRequest) -> dict[str, Any]:
+    try:
+        body = json.loads(_read(request))
     except (ValueError, RecursionError) as error:
         message = f"The body is no JSON: {error}"
         raise JobRefused(message, 400) from error

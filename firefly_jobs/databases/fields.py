@@ -32,16 +32,27 @@ class ExactCharField(_TextField):
         return found
 
 
-class SparseJSONField(_JSONField):
-    """JSON that is mostly empty: stored as NULL then, and read as what ``default`` returns."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "null": True, "blank": True})
-
+class _QuietJSONField(_JSONField):
     def _check_supported(self, databases: Any) -> list[Any]:  # noqa: ARG002 - Django calls it
         # Django's own check connects, and on SQLite that makes an empty file.  Every version
         # that consumers can claim from has JSON; see is_present and problems in databases.base.
         return []
+
+
+class PlainJSONField(_QuietJSONField):
+    """Django's field, but that checking it connects to no database."""
+
+    def deconstruct(self) -> Any:
+        """Be Django's field in migrations, since the column is the same."""
+        name, _, args, kwargs = super().deconstruct()
+        return name, "django.db.models.JSONField", args, kwargs
+
+
+class SparseJSONField(_QuietJSONField):
+    """JSON that is mostly empty: stored as NULL then, and read as what ``default`` returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "null": True, "blank": True})
 
     def from_db_value(self, value: Any, expression: Any, connection: Any) -> Any:
         """Return the empty value for NULL; but not for a key that an object lacks."""

@@ -2,6 +2,8 @@
 
 import json
 from typing import Any
+from unittest import mock
+from urllib.parse import quote
 
 import pytest
 import schemathesis
@@ -13,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
+from firefly_jobs import registered_jobs
 from firefly_jobs.models import JobStart, TaskModel
 from testproject.datafiles.models import DataFile
 from tests.conformance import tasks
@@ -183,6 +186,137 @@ def test_other_methods_are_refused_in_json(client):
     answer = client.delete("/api/jobs/")
     assert (answer.status_code, answer["Allow"]) == (405, "GET, HEAD, OPTIONS")
     assert "DELETE is not allowed" in answer.json()["message"]
+
+
+@pytest.mark.parametrize("method", ["post", "put", "delete"])
+@pytest.mark.parametrize("path", ["jobs/", "tasks/", "tasks/1/", "openapi.json"])
+def test_no_path_but_that_of_a_start_takes_another_method(client, path, method):
+    answer = getattr(client, method)(f"/api/{path}")
+    assert answer.status_code == 405
+    assert "is not allowed here" in answer.json()["message"]
+
+
+def test_a_start_takes_nothing_but_a_post(client):
+    for method in ("get", "put", "delete"):
+        answer = getattr(client, method)("/api/jobs/flag_custom/start/")
+        assert (answer.status_code, answer["Allow"]) == (405, "POST, OPTIONS")
+
+
+@pytest.mark.parametrize("task_id", ["9" * 5_000, "9" * 20, "-1", "x", "\u0663", "1.0"])
+def test_what_is_no_id_of_a_task_is_not_found(client, task_id):
+    answer = client.get(f"/api/tasks/{quote(task_id)}/")
+    assert answer.status_code == 404
+    assert "that you may see" in answer.json()["message"]
+
+
+def test_a_task_of_others_and_none_are_told_by_the_same_words(client):
+    others = tasks.nothing.schedule().pk
+    answers = [client.get(f"/api/tasks/{pk}/") for pk in (others, others + 1_000)]
+    words = [
+        answer.json()["message"].replace(str(pk), "N")
+        for answer, pk in zip(answers, (others, others + 1_000), strict=True)
+    ]
+    assert [answer.status_code for answer in answers] == [404, 404]
+    assert words[0] == words[1]
+
+
+@pytest.mark.parametrize("key", ["a\x00b", "\ud800", {"pk": 1}, None, 1.5, True])
+def test_what_is_no_key_of_an_object_is_a_bad_request(client, key):
+    answer = post(client, "flag_custom", {"obj_pks": [key]})
+    assert answer.status_code == 400
+    assert "The key of an object" in answer.json()["message"]
+
+
+@pytest.fixture
+def signed_in(user):
+    """Return a client as a browser is one: with a session and a token against forgery."""
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(user)
+    client.get("/admin/login/")
+    client.defaults["HTTP_X_CSRFTOKEN"] = client.cookies["csrftoken"].value
+    return client
+
+
+def test_a_form_is_no_json_whatever_its_parts(signed_in):
+    answer = signed_in.post("/api/jobs/flag_custom/start/", {"obj_pks": "1"})
+    assert answer.status_code == 400
+    assert "The body is no JSON" in answer.json()["message"]
+
+
+def test_a_form_that_is_too_large_is_refused_in_json(signed_in):
+    form = f"obj_pks={'1' * 3_000_000}"
+    answer = signed_in.post(
+        "/api/jobs/flag_custom/start/", form, content_type="application/x-www-form-urlencoded"
+    )
+    assert answer.status_code == 413
+    assert "too large" in answer.json()["message"]
+
+
+def test_a_token_in_a_form_lets_nothing_in_that_is_no_json(user):
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(user)
+    client.get("/admin/login/")
+    token = client.cookies["csrftoken"].value
+    answer = client.post("/api/jobs/flag_custom/start/", {"csrfmiddlewaretoken": token})
+    assert answer.status_code in {400, 403}
+    assert TaskModel.objects.count() == 0
+
+
+def test_answers_for_one_user_are_kept_for_no_other(client):
+    for path in ("jobs/", "tasks/"):
+        assert "private" in client.get(f"/api/{path}")["Cache-Control"]
+        assert "no-store" in client.get(f"/api/{path}")["Cache-Control"]
+
+
+class Person:
+    """A user as an authenticator may give it: of a project's own kind."""
+
+    is_active = is_authenticated = True
+
+    def __init__(self, pk):
+        self.pk = pk
+
+
+def by_number(request):
+    """Be an authenticator that knows no users of Django."""
+    return Person(request.headers["X-Number"])
+
+
+def test_users_of_a_kind_that_has_no_staff_see_what_they_started(jobs, user):
+    jobs(API_AUTHENTICATOR="tests.conformance.test_http.by_number")
+    mine = Client(headers={"X-Number": str(user.pk)})
+    started = post(mine, "flag_custom", {"obj_pks": [1]}).json()["task"]["id"]
+    assert [task["id"] for task in mine.get("/api/tasks/").json()["tasks"]] == [started]
+    assert Client(headers={"X-Number": "other"}).get("/api/tasks/").json()["tasks"] == []
+
+
+class Silent:
+    """Something that cannot even say what it is."""
+
+    def __repr__(self):
+        message = "no"
+        raise RuntimeError(message)
+
+
+def test_a_result_that_cannot_be_told_hides_no_other(client, user):
+    tasks.BODIES["silent"] = Silent
+    row = tasks.call.schedule("silent")
+    JobStart.objects.create(task_id=row.pk, user_pk=user.pk, task_name="x", obj_type="y")
+    run_burst()
+    (found,) = client.get("/api/tasks/").json()["tasks"]
+    assert found["status"] == "completed"
+    assert found["result_text"] == "a Silent, whose repr() raises RuntimeError"
+
+
+def test_a_job_that_is_no_task_hides_no_other(client):
+    def alone(datafile_pks):
+        pass
+
+    with mock.patch.object(registered_jobs, "_jobs", dict(registered_jobs._jobs)):
+        registered_jobs.register_job("Alone", "alone", "datafile")(alone)
+        found = {job["task_name"] for job in client.get("/api/jobs/").json()["jobs"]}
+    assert "flag_custom" in found
+    assert "alone" not in found
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])

@@ -1,16 +1,21 @@
 """Registered jobs: who may start which on what, and what a refusal says."""
 
+import threading
 import uuid
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 from django.contrib.auth import get_user_model
 from django.core.exceptions import PermissionDenied, ValidationError
+from django.core.management import call_command
 from django.db import transaction
+from django.test.utils import isolate_apps
 
 from firefly_jobs import atask, firing, registered_jobs, registry
+from firefly_jobs.databases.functions import DatabaseNow
 from firefly_jobs.exceptions import JobRefused, TaskDefinitionError
 from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
 from firefly_jobs.registered_jobs import (
@@ -18,6 +23,7 @@ from firefly_jobs.registered_jobs import (
     register_job,
     start_job_from_name,
 )
+from firefly_jobs.states import Status
 from testproject.datafiles.models import DataFile, Project
 from testproject.datafiles.tasks import flag_custom
 from tests.conformance.support import run_burst
@@ -233,7 +239,126 @@ def test_a_job_may_ask_who_starts_it_on_what(registering, user):
     assert set(map(str, asked)) == {str((user, [n])) for n in (1, 2, 3)}
 
 
+async def says_no(person, objects):
+    return False
+
+
+class SaysNo:
+    async def __call__(self, person, objects):
+        return False
+
+
+@pytest.mark.parametrize("asked", [says_no, partial(says_no), SaysNo()])
+def test_a_coroutine_that_would_let_everybody_in_is_refused(registering, asked):
+    with pytest.raises(TypeError, match="must be a plain function"):
+        register_job("Asks", "asks", "datafile", can_start=asked)(flag_custom.func)
+
+
+def test_an_answer_that_has_to_be_awaited_lets_nobody_in(registering, user):
+    def can_start(person, objects):
+        return says_no(person, objects)
+
+    register_job("Asks", "asks", "datafile", can_start=can_start)(flag_custom.func)
+    with pytest.raises(TypeError, match="must return True or False"):
+        start_job_from_name("asks", "datafile", [1], user_pk=user.pk)
+    assert TaskModel.objects.count() == 0
+
+
+def test_a_number_that_is_no_key_names_no_user(user):
+    for odd in (True, user.pk + 0.5, float("inf"), float("nan")):
+        assert refusal("flag_custom", "datafile", [1], user_pk=odd)[0] == 404
+
+
+def test_a_user_of_a_kind_that_has_no_staff_is_none():
+    class Person:
+        is_active = is_authenticated = True
+
+    jobs = registered_jobs.registered_jobs(Person(), "datafile")
+    assert [job.task_name for job in jobs] == ["flag_custom"]
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "moment"),
+    [
+        ("delete_completed_tasks", Status.COMPLETED, "completed"),
+        ("delete_failed_tasks", Status.FAILED, "failed"),
+    ],
+)
+def test_who_started_a_task_is_pruned_with_it(user, command, status, moment):
+    for number in range(3):
+        start_job_from_name("flag_custom", "datafile", [number], user_pk=user.pk)
+    kept, *ended = TaskModel.objects.order_by("pk")
+    for row in ended:
+        TaskModel.objects.filter(pk=row.pk).update(status=status, **{moment: DatabaseNow()})
+
+    call_command(command, verbosity=0)
+
+    assert list(JobStart.objects.values_list("task", flat=True)) == [kept.pk]
+    kept.delete()
+    assert not JobStart.objects.exists()
+
+
+# --- objects and arguments
+
+
+def test_no_more_keys_are_read_than_may_be_started():
+    read = []
+
+    def many():
+        for number in range(100_000):
+            read.append(number)
+            yield number
+
+    with pytest.raises(JobRefused, match="500 objects at most"):
+        get_job_from_name("flag_custom", "datafile", many())
+    assert len(read) == 501
+
+
+@pytest.mark.parametrize("key", ["a\x00b", "\ud800"])
+def test_a_key_that_no_row_can_keep_is_refused(key):
+    code, message = refusal("flag_custom", "datafile", [key])
+    assert code == 400
+    assert "that databases do not keep" in message
+
+
+def test_what_is_changed_after_the_checks_is_not_started(registering):
+    given = {"custom_flag": {"values": [1]}}
+    named = get_job_from_name("flag_custom", "datafile", [1], given)
+    given["custom_flag"]["values"].append(2)
+    assert named.apply_async().params["kwargs"]["custom_flag"] == {"values": [1]}
+
+
+def test_an_argument_that_cannot_be_stored_is_a_bad_request():
+    code, message = refusal("flag_custom", "datafile", [1], {"custom_flag": threading.Lock()})
+    assert code == 400
+    assert "do not fit" in message
+
+
+def test_a_start_whose_unique_key_is_taken_says_so(registering):
+    once = flag_custom.using(unique_key="flagging", on_conflict="raise")
+    register_job("Once", "once", "datafile")(once)
+    assert start_job_from_name("once", "datafile", [1])[0]
+
+    success, message, code = start_job_from_name("once", "datafile", [2])
+
+    assert (success, code) == (False, 400)
+    assert "flagging" in message
+    assert (TaskModel.objects.count(), JobStart.objects.count()) == (1, 1)
+
+
 # --- registering
+
+
+def test_a_copy_of_a_task_is_started_with_its_own_options(registering):
+    register_job("Slowly", "slowly", "datafile")(flag_custom.using(queue="slow", priority=-5))
+    start_job_from_name("slowly", "datafile", [1])
+    row = TaskModel.objects.get()
+    assert (row.queue, row.priority, row.func_name) == ("slow", -5, flag_custom.name)
+
+
+def test_who_starts_a_job_is_no_default(registering):
+    with pytest.raises(TaskDefinitionError, match="user_pk, which each start says itself"):
+        register_job("Spoof", "spoof", "datafile", default_args={"user_pk": 1})(flag_custom.func)
 
 
 def test_a_name_is_taken_once(registering):
@@ -256,6 +381,10 @@ def test_a_name_is_taken_once(registering):
         ({"default_args": {"nothing": 1}}, "it takes no nothing"),
         ({"task_data_type": "other"}, "it takes no other_pks"),
         ({"default_args": {"datafile_pks": [1]}}, "each start says itself"),
+        ({"task_name": "shop/flag"}, "no slash, since it is part of a URL"),
+        ({"task_name": "flag\n"}, "printable characters"),
+        ({"task_name": "x" * 201}, "200 printable characters at most"),
+        ({"task_data_type": "x" * 101}, "of 100 characters at most"),
     ],
 )
 def test_what_cannot_be_registered(registering, words, reason):
@@ -342,6 +471,10 @@ def test_a_saved_job_makes_the_same_checks(saved, files):
         ({"job_args": {"datafile_pks": [1]}}, "job_args"),
         ({"relation": "files"}, "relation"),
         ({"target_pk": "0"}, "target_pk"),
+        ({"target_pk": "no number"}, "target_pk"),
+        ({"target_type": "datafiles.nothing"}, "target_type"),
+        ({"target_type": "no label"}, "target_type"),
+        ({"job_args": [1]}, "job_args"),
         ({"target_pk": ""}, "target_type"),
     ],
 )
@@ -352,6 +485,71 @@ def test_what_is_wrong_with_a_saved_job_is_found_when_it_is_checked(saved, chang
     with pytest.raises(ValidationError) as caught:
         saved.full_clean()
     assert list(caught.value.message_dict) == [field]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"target_pk": "no number"}, {"target_type": "datafiles.nothing"}, {"target_type": "no label"}],
+)
+def test_a_saved_job_whose_target_cannot_be_looked_up_is_refused(saved, changes):
+    for name, value in changes.items():
+        setattr(saved, name, value)
+    with pytest.raises(JobRefused, match="Saved job 'flag apollo'") as caught:
+        saved.get_job()
+    assert caught.value.status_code == 400
+
+
+def test_a_saved_job_without_arguments_is_saved(saved):
+    saved.job_args = None  # an empty field of a form
+    saved.full_clean()
+    saved.save()
+    assert SavedJob.objects.get().job_args == {}
+
+
+def test_a_saved_job_reads_no_more_keys_than_may_be_started(saved, files):
+    many = [DataFile(name="many", project=files[0].project) for _ in range(600)]
+    DataFile.objects.bulk_create(many)
+    assert len(saved.current_pks(at_most=500)) == 501
+    with pytest.raises(JobRefused, match="500 objects at most"):
+        saved.start()
+    assert TaskModel.objects.count() == 0
+
+
+@isolate_apps("testproject.datafiles")
+def test_a_saved_job_belongs_to_the_model_of_a_proxy(saved, files):
+    class Programme(Project):
+        class Meta:
+            app_label = "datafiles"
+            proxy = True
+
+    saved.target = Programme.objects.get(pk=files[0].project_id)
+    saved.save()
+    assert saved.target_type == "datafiles.project"
+    assert list(SavedJob.objects.for_target(files[0].project)) == [saved]
+
+
+def test_a_saved_job_of_which_nothing_is_left_fails_its_schedule_and_no_other(saved, files):
+    empty = Project.objects.create(name="empty")
+    nothing = SavedJob.objects.create(
+        name="of nothing",
+        task_name="flag_custom",
+        obj_type="datafile",
+        target=empty,
+        objects="datafiles",
+    )
+    rows = [
+        ScheduleModel.objects.create(name=job.name, saved_job=job, every=60)
+        for job in (nothing, saved)
+    ]
+    ScheduleModel.objects.update(next_run=datetime.now(UTC) - timedelta(seconds=5))
+
+    assert firing.fire_due(using="default").calls == 1
+
+    for row in rows:
+        row.refresh_from_db()
+        assert row.next_run > datetime.now(UTC)
+    assert (rows[0].failure_count, rows[1].failure_count) == (1, 0)
+    assert "at least one datafile" in rows[0].last_error
 
 
 def test_a_schedule_starts_a_saved_job(saved, files):

@@ -11,7 +11,7 @@ from django.core.checks import run_checks
 from django.db import OperationalError, connection, connections
 from django.test import override_settings
 
-from firefly_jobs import checks, registry
+from firefly_jobs import checks, registered_jobs, registry
 from firefly_jobs.databases import of
 from firefly_jobs.decorators import task
 from firefly_jobs.models import ScheduleModel
@@ -68,9 +68,64 @@ def test_settings_with_a_problem_are_e001(value, message):
         assert found.hint
         # The other checks leave it at that.
         assert checks.check_tasks() == []
+        assert checks.check_registered_jobs() == []
+        assert checks.check_authenticator() == []
         assert checks.check_signing() == []
         assert checks.check_secret_key() == []
         assert checks.check_databases(databases=["default"]) == []
+
+
+def count_items(item_pks):
+    return len(item_pks)
+
+
+def test_a_registered_job_that_is_no_task_is_e010(registered, monkeypatch):
+    monkeypatch.setattr(registered_jobs, "_jobs", {})
+    register = registered_jobs.register_job
+
+    def flag(item_pks):
+        pass
+
+    register("Count", "count", "item")(count_items)
+    task(count_items)
+    register("Flag", "flag", "item")(flag)
+    register("Clear", "clear", "item")(flag)
+
+    found = checks.check_registered_jobs()
+
+    assert ids(found) == ["E010", "E010"]
+    assert "The registered job 'clear' is tests.integration.test_checks." in found[0].msg
+    assert "The registered job 'flag' is" in found[1].msg
+    assert all(message.hint for message in found)
+
+
+async def waits(request):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("tests.integration.nothing.by_token", "cannot be imported: ModuleNotFoundError"),
+        ("tests.integration.test_checks.nothing", "cannot be imported: ImportError"),
+        ("tests.integration.test_checks.GOOD_KEY", "cannot be called"),
+        ("tests.integration.test_checks.waits", "is a coroutine function"),
+    ],
+)
+def test_an_authenticator_that_cannot_be_called_is_e011(name, reason):
+    with override_settings(FIREFLY_JOBS={"API_AUTHENTICATOR": name}):
+        (found,) = checks.check_authenticator()
+
+    assert found.id == "firefly_jobs.E011"
+    assert f"is {name!r}, which {reason}" in found.msg
+    assert found.hint
+
+
+def test_an_authenticator_that_can_be_called_is_none():
+    name = "tests.integration.test_checks.ids"
+    with override_settings(FIREFLY_JOBS={"API_AUTHENTICATOR": name}):
+        assert checks.check_authenticator() == []
+    assert checks.check_authenticator() == []
 
 
 def test_alias_that_is_not_in_databases_is_e002():
