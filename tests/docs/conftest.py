@@ -9,7 +9,7 @@ import pytest
 from django.db import connection
 from django.test.utils import modify_settings
 
-from firefly_jobs import registry
+from firefly_jobs import registered_jobs, registry
 
 PROJECT = Path(__file__).parent / "project"
 
@@ -20,7 +20,7 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.syspath_prepend(PROJECT)
     for name in ("firefly_jobs.contrib.jobs", "firefly_jobs.contrib.celery.jobs"):
         import_module(name)  # its types stay known
-    known = dict(registry._tasks)
+    known, jobs = dict(registry._tasks), dict(registered_jobs._jobs)
     with modify_settings(INSTALLED_APPS={"append": "shop"}):
         order = import_module("shop.models").Order
         with connection.schema_editor() as editor:
@@ -32,5 +32,7 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
                 editor.delete_model(order)
             registry._tasks.clear()
             registry._tasks.update(known)
+            registered_jobs._jobs.clear()
+            registered_jobs._jobs.update(jobs)
             for name in [name for name in sys.modules if name.startswith("shop.tasks")]:
                 del sys.modules[name]
