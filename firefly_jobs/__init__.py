@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         AsyncFuncNotSupportedException,
         BadSignature,
         Cancel,
+        JobRefused,
         LeaseLost,
         MemoryLimitExceeded,
         PayloadError,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from .limits import Concurrency, RateLimit
     from .models import (
         ConsumerModel,
+        JobStart,
+        SavedJob,
         ScheduleModel,
         TaskAttempt,
         TaskEvent,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     )
     from .priorities import Priority
     from .references import TaskReference
+    from .registered_jobs import get_job_from_name, register_job, start_job_from_name
     from .resources import Limit
     from .retries import Exponential, Fixed, RandomDelay, RetryStrategy
     from .states import Status
@@ -63,6 +67,7 @@ _HOMES = {
         "AsyncFuncNotSupportedException",
         "BadSignature",
         "Cancel",
+        "JobRefused",
         "LeaseLost",
         "MemoryLimitExceeded",
         "PayloadError",
@@ -84,6 +89,8 @@ _HOMES = {
     "limits": ("Concurrency", "RateLimit"),
     "models": (
         "ConsumerModel",
+        "JobStart",
+        "SavedJob",
         "ScheduleModel",
         "TaskAttempt",
         "TaskEvent",
@@ -91,6 +98,7 @@ _HOMES = {
         "WorkflowModel",
     ),
     "references": ("TaskReference",),
+    "registered_jobs": ("get_job_from_name", "register_job", "start_job_from_name"),
     "priorities": ("Priority",),
     "resources": ("Limit",),
     "retries": ("Exponential", "Fixed", "RandomDelay", "RetryStrategy"),
@@ -112,6 +120,8 @@ __all__ = [
     "FailedStep",
     "Fixed",
     "Job",
+    "JobRefused",
+    "JobStart",
     "LeaseLost",
     "Limit",
     "MemoryLimitExceeded",
@@ -122,6 +132,7 @@ __all__ = [
     "RateLimit",
     "Retry",
     "RetryStrategy",
+    "SavedJob",
     "ScheduleError",
     "ScheduleModel",
     "Snooze",
@@ -148,8 +159,11 @@ __all__ = [
     "chain",
     "chord",
     "current_task",
+    "get_job_from_name",
     "group",
+    "register_job",
     "schedule_many",
+    "start_job_from_name",
     "task",
     "task_as_dict",
 ]

@@ -73,7 +73,8 @@ def reference_to(target: models.Model) -> tuple[str, str]:
         message = f"This {target._meta.label} is not saved, so nothing can refer to it."
         raise ValueError(message)
     # A proxy has the rows of its model, and who asks may hold either.
-    return target._meta.concrete_model._meta.label_lower, str(pk)
+    model: Any = target._meta.concrete_model
+    return model._meta.label_lower, str(pk)
 
 
 class SavedJob(models.Model):

@@ -389,10 +389,12 @@ def _pks(registered: RegisteredJob, given: Any) -> tuple[Any, ...]:
         # Not after all of them were read: a query set may have millions.
         if len(pks) > registered.max_items:
             # The length of a query set would be one more query, and of all its rows.
-            is_known = isinstance(given, list | tuple | set | frozenset | range)
+            number = "more"
+            if isinstance(given, list | tuple | set | frozenset | range):
+                number = str(len(given))
             message = (
                 f"{registered.name!r} is started on {registered.max_items} objects at most, got "
-                f"{len(given) if is_known else 'more'}. Start it on fewer."
+                f"{number}. Start it on fewer."
             )
             raise JobRefused(message, 400)
     if not pks:

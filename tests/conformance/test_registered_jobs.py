@@ -530,13 +530,9 @@ def test_a_saved_job_belongs_to_the_model_of_a_proxy(saved, files):
 
 def test_a_saved_job_of_which_nothing_is_left_fails_its_schedule_and_no_other(saved, files):
     empty = Project.objects.create(name="empty")
-    nothing = SavedJob.objects.create(
-        name="of nothing",
-        task_name="flag_custom",
-        obj_type="datafile",
-        target=empty,
-        objects="datafiles",
-    )
+    nothing = SavedJob(name="of nothing", task_name="flag_custom", obj_type="datafile")
+    nothing.target, nothing.relation = empty, "datafiles"
+    nothing.save()
     rows = [
         ScheduleModel.objects.create(name=job.name, saved_job=job, every=60)
         for job in (nothing, saved)
@@ -547,6 +543,7 @@ def test_a_saved_job_of_which_nothing_is_left_fails_its_schedule_and_no_other(sa
 
     for row in rows:
         row.refresh_from_db()
+        assert row.next_run
         assert row.next_run > datetime.now(UTC)
     assert (rows[0].failure_count, rows[1].failure_count) == (1, 0)
     assert "at least one datafile" in rows[0].last_error

@@ -9,7 +9,7 @@ import pytest
 from django.db import connection
 from django.test.utils import modify_settings
 
-from firefly_jobs import registry
+from firefly_jobs import declarations, registered_jobs, registry
 
 PROJECT = Path(__file__).parent / "project"
 
@@ -20,7 +20,8 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.syspath_prepend(PROJECT)
     for name in ("firefly_jobs.contrib.jobs", "firefly_jobs.contrib.celery.jobs"):
         import_module(name)  # its types stay known
-    known = dict(registry._tasks)
+    tables = (registry._tasks, registered_jobs._jobs, declarations._declarations)
+    known = [dict(table) for table in tables]
     with modify_settings(INSTALLED_APPS={"append": "shop"}):
         order = import_module("shop.models").Order
         with connection.schema_editor() as editor:
@@ -30,7 +31,8 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         finally:
             with connection.schema_editor() as editor:
                 editor.delete_model(order)
-            registry._tasks.clear()
-            registry._tasks.update(known)
+            for table, before in zip(tables, known, strict=True):
+                table.clear()
+                table.update(before)
             for name in [name for name in sys.modules if name.startswith("shop.tasks")]:
                 del sys.modules[name]

@@ -18,6 +18,7 @@ from django.dispatch import Signal
 import firefly_jobs
 from benchmarks.catalogue import BENCHMARKS
 from firefly_jobs import (
+    api,
     attempts,
     conf,
     exceptions,
@@ -48,6 +49,7 @@ from firefly_jobs.models import (
     WorkflowModel,
     WorkflowStep,
 )
+from firefly_jobs.registered_jobs import MAX_ITEMS, register_job
 
 from .pages import DOCS, headings, read, section, table
 
@@ -110,9 +112,9 @@ def test_every_exception_is_documented() -> None:
     [
         *(TaskModel, TaskAttempt, TaskEvent, ConsumerModel, ConcurrencySlot, RateBucket),
         *(
-            ScheduleModel,
-            SavedJob,
             JobStart,
+            SavedJob,
+            ScheduleModel,
             WorkflowModel,
             WorkflowStep,
             WorkflowGate,
@@ -242,6 +244,34 @@ def test_every_hook_and_every_signal_is_documented() -> None:
     )
     sent = {name for name, value in vars(signals).items() if isinstance(value, Signal)}
     assert set(table(section(page, "Signals"))) == sent
+
+
+def test_every_address_field_and_code_of_the_http_interface_is_documented() -> None:
+    page, described = read("reference/http-api.md"), api.description("/api/")
+    addresses = table(page.partition("## ")[0])
+    methods = {path: cells[0] for path, cells in addresses.items()}
+    assert methods == {
+        path: next(iter(operations)).upper() for path, operations in described["paths"].items()
+    }
+    fields = described["components"]["schemas"]["Task"]["properties"]
+    assert set(table(section(page, "A task"))) == set(fields)
+    codes = {
+        code
+        for operations in described["paths"].values()
+        for operation in operations.values()
+        for code in operation["responses"]
+    }
+    documented = set(re.findall(r"^\| (\d{3}) \|", section(page, "Who asks"), re.MULTILINE))
+    # Another method is an answer of each address, and of no operation.
+    assert documented == codes - {"200"} | {"405"}
+    numbers = _numbers(addresses["/tasks/"][1])
+    assert {str(api.PAGE_SIZE), str(api.PAGE_SIZE_MAX)} <= numbers
+
+
+def test_every_argument_of_register_job_is_documented() -> None:
+    text = section(read("reference/registered-jobs.md"), "register_job")
+    assert list(table(text)) == list(inspect.signature(register_job).parameters)
+    assert f"max_items={MAX_ITEMS}" in text
 
 
 def test_every_public_name_is_in_the_reference() -> None:
