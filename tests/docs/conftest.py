@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from django.db import connection
@@ -20,7 +21,11 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.syspath_prepend(PROJECT)
     for name in ("firefly_jobs.contrib.jobs", "firefly_jobs.contrib.celery.jobs"):
         import_module(name)  # its types stay known
-    tables = (registry._tasks, registered_jobs._jobs, declarations._declarations)
+    tables: list[dict[str, Any]] = [
+        registry._tasks,
+        registered_jobs._jobs,
+        declarations._declarations,
+    ]
     known = [dict(table) for table in tables]
     with modify_settings(INSTALLED_APPS={"append": "shop"}):
         order = import_module("shop.models").Order
