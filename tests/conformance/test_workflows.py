@@ -237,7 +237,8 @@ def test_thousands_of_steps_are_numbered_without_a_look_at_all_of_them():
             sys.settrace(former)
         return lines
 
-    assert looks(2_000) == looks(10)
+    # A line for each of them would be two thousand; a collection of garbage may add a few.
+    assert looks(2_000) < looks(10) + 500
 
 
 def test_sets_of_steps():
