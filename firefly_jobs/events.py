@@ -5,7 +5,8 @@ rows were claimed is told right after the claim, which is a statement of its own
 has started is told together with its end, as nothing is written when it starts.
 
 While none are kept this costs one look at the settings per batch.  Nothing here decides: what
-is told is what ``enqueue``, ``lifecycle``, ``admission`` and ``dependencies`` have written.
+is told is what ``enqueue``, ``lifecycle``, ``admission``, ``dependencies`` and ``rebuilding``
+have written.
 """
 
 from __future__ import annotations

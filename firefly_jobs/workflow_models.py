@@ -103,7 +103,7 @@ class WorkflowModel(models.Model):
 
         What has completed stays.  A workflow that runs, or has completed, is left alone.
         """
-        from .dependencies import retry_failed  # noqa: PLC0415 - as above
+        from .rebuilding import retry_failed  # noqa: PLC0415 - as above
 
         return retry_failed(self.pk, using=self._state.db or "default")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from django.db import DatabaseError
 
-from firefly_jobs import Workflow, dependencies, leases, lifecycle, task
+from firefly_jobs import Workflow, leases, lifecycle, rebuilding, task
 from firefly_jobs.attempts import Ended, Settlement
 from firefly_jobs.exceptions import LaneTimeoutError
 from firefly_jobs.hooks import FailedStep, TaskHooks
@@ -342,7 +342,7 @@ def test_an_ignored_failure_without_hooks_is_an_event_too(jobs):
 
 def test_a_sweep_asks_nobody_and_keeps_the_answer():
     run = run_of(failing(on_prerequisite_failure=answering("continue")))
-    dependencies.sweep(using="default")
+    rebuilding.sweep(using="default")
     run.refresh_from_db()
 
     assert run.status == "completed"

@@ -16,9 +16,9 @@ from firefly_jobs import (
     chord,
     current_task,
     databases,
-    dependencies,
     group,
     lifecycle,
+    rebuilding,
     task,
 )
 from firefly_jobs.databases import Completion, Database
@@ -616,7 +616,7 @@ def has_grown(run):
     assert sorted(order) == ["behind", "beside", "grow", "late", "later"]
     assert order.index("later") > order.index("late")
     assert ended(run) == ("completed", "")
-    assert dependencies.sweep(using="default") == 0
+    assert rebuilding.sweep(using="default") == 0
     return True
 
 
@@ -670,7 +670,7 @@ def test_with_repeatable_reads_an_end_counts_once_though_a_sweep_comes_before_wh
     held = claim()[0]
 
     with repeatable_reads(), transaction.atomic():
-        transaction.on_commit(lambda: dependencies.sweep(using="default"))
+        transaction.on_commit(lambda: rebuilding.sweep(using="default"))
         lifecycle.complete(Completion.of(held, 0.0, ""), using="default")
 
     assert states(run) == {"a": "completed", "b": "created", "c": "blocked"}
@@ -738,12 +738,12 @@ def test_a_sweep_lets_go_or_ends_what_only_deleted_rows_could():
     TaskModel.objects.filter(step__name="a").delete()
     TaskModel.objects.filter(workflow=empty).delete()
 
-    assert dependencies.sweep(using="default") == 2
+    assert rebuilding.sweep(using="default") == 2
     run_burst()
 
     assert ran == ["b"]
     assert ended(still)[0] == ended(empty)[0] == "completed"
-    assert dependencies.sweep(using="default") == 0
+    assert rebuilding.sweep(using="default") == 0
 
 
 def test_a_workflow_that_stands_still_is_let_go_on(caplog):
@@ -751,18 +751,18 @@ def test_a_workflow_that_stands_still_is_let_go_on(caplog):
     a = wf.add(call("a"))
     wf.add(call("b"), depends_on=a)
     run = wf.schedule()
-    assert dependencies.sweep(using="default") == 0
+    assert rebuilding.sweep(using="default") == 0
     claim()
     TaskModel.objects.filter(status="running").update(status="completed")
 
     with pytest.raises(TimeoutError):
         run.wait(timeout=0)
-    assert dependencies.sweep(using="default") == 1
+    assert rebuilding.sweep(using="default") == 1
     assert states(run) == {"a": "completed", "b": "created"}
     assert "stood still" in caplog.text
     run_burst()
     assert ended(run) == ("completed", "")
-    assert dependencies.sweep(using="default") == 0
+    assert rebuilding.sweep(using="default") == 0
 
 
 def test_a_picture():

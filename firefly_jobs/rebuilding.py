@@ -1,0 +1,123 @@
+"""Set the counters of a workflow from its rows: to run again what failed, or where it stands still.
+
+Who ends a step moves counters (``dependencies``).  Here nothing is moved: the gates are set to
+what they count, the ends that stand are counted off anew, and whoever that lets go, goes.
+
+Should a count be lost in spite of all (rows changed by hand, a process that ended between a
+commit and what was to follow it), :func:`sweep` finds the workflow that stands still.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from django.db import connections
+from django.db.models import Exists, F, OuterRef, QuerySet
+
+from . import databases, events, following
+from .columns import revived_columns
+from .dependencies import Walk
+from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
+from .states import Status, WorkflowStatus
+
+logger = logging.getLogger("firefly_jobs")
+
+# Workflows that one sweep looks at.
+SWEEP_MAX = 100
+_BATCH = 1_000
+_ENDED = [status for status in Status if status.is_terminal]
+
+
+def retry_failed(workflow: int, *, using: str) -> int:
+    """Run again what failed in an ended workflow, and what was cancelled; return how many."""
+    with databases.of(using).own_transaction(connections[using]):
+        row = _locked(workflow, using).first()
+        if row is None or row.status not in {WorkflowStatus.FAILED, WorkflowStatus.CANCELLED}:
+            return 0
+        steps = WorkflowStep.objects.using(using).filter(workflow=workflow)
+        again = [
+            *steps.filter(task__status=Status.FAILED, ignore_result=False).values_list(
+                "pk", flat=True
+            ),
+            *steps.filter(task__status=Status.CANCELLED).values_list("pk", flat=True),
+            *(pk for pk in (row.on_success, row.on_failure) if pk is not None),
+        ]
+        WorkflowModel.objects.using(using).filter(pk=workflow).update(
+            status=WorkflowStatus.RUNNING, error="", is_cancelled=False, ended=None
+        )
+        _Rebuilding(workflow, using).rebuild(again)
+        return len(again)
+
+
+def sweep(*, using: str) -> int:
+    """Let workflows go on that stand still; return how many there were."""
+    tasks = TaskModel.objects.using(using).filter(workflow=OuterRef("pk"))
+    moving = tasks.filter(status__in=[Status.CREATED, Status.RUNNING])
+    in_line = tasks.filter(status=Status.BLOCKED, limit_key__isnull=False)
+    running = WorkflowModel.objects.using(using).filter(status=WorkflowStatus.RUNNING)
+    still = running.filter(~Exists(moving), ~Exists(in_line)).order_by("pk")
+    count = 0
+    for workflow in list(still.values_list("pk", flat=True)[:SWEEP_MAX]):
+        with databases.of(using).own_transaction(connections[using]):
+            list(_locked(workflow, using).values_list("pk"))
+            walk = _Rebuilding(workflow, using)
+            walk.lock_gates()
+            if still.filter(pk=workflow).exists():
+                walk.rebuild(())
+                count += 1
+                logger.warning("Workflow %s stood still, and was let go on", workflow)
+    return count
+
+
+def _locked(workflow: int, using: str) -> QuerySet[WorkflowModel]:
+    return WorkflowModel.objects.using(using).select_for_update().filter(pk=workflow)
+
+
+class _Rebuilding(Walk):
+    """What follows in one workflow from its rows alone."""
+
+    def rebuild(self, again: Sequence[int]) -> None:
+        """Set all counters as the rows tell, and let go whom that lets go.
+
+        Args:
+            again: Ended steps that are to run once more.
+        """
+        rows = TaskModel.objects.using(self._using)
+        for start in range(0, len(again), _BATCH):
+            # Keys are unique among what has not ended; a step's own was checked when it was made.
+            reviving = rows.filter(pk__in=again[start : start + _BATCH], status__in=_ENDED)
+            events.reviving(reviving, using=self._using)
+            reviving.update(
+                **revived_columns() | {"status": Status.BLOCKED, "active_key": F("unique_key")}
+            )
+        following.take_all(self._workflow, using=self._using)
+        self._reset_gates()
+        steps = WorkflowStep.objects.using(self._using).filter(workflow=self._workflow)
+        ended = steps.filter(task__status__in=_ENDED)
+        found = list(ended.values_list("pk", "task__status", "ignore_result"))
+        ignored = {pk for pk, _, is_ignored in found if is_ignored}
+        self._arrive({pk: Status(status) for pk, status, _ in found}, ignored)
+        self._let_go(list(steps.filter(gate=None).values_list("pk", flat=True)))
+        self._walk()
+
+    def _reset_gates(self) -> None:
+        gates = WorkflowGate.objects.using(self._using).filter(workflow=self._workflow)
+        edges = WorkflowEdge.objects.using(self._using).filter(gate__workflow=self._workflow)
+        counts: defaultdict[int, int] = defaultdict(int)
+        for gate in edges.values_list("gate", flat=True):
+            counts[gate] += 1
+        by_count: defaultdict[int, list[int]] = defaultdict(list)
+        locked = gates.order_by("rank", "pk").select_for_update()
+        for gate, rank in locked.values_list("pk", "rank"):
+            by_count[counts[gate]].append(gate)
+            if not counts[gate]:
+                # All that counted there was deleted, and nobody else would open it.
+                self._pending[rank][gate] = (0, False)
+        for count, ids in by_count.items():
+            # A gate that has nothing left to count keeps what it was told before.
+            told: dict[str, Any] = {"is_unmet": False} if count else {}
+            for start in range(0, len(ids), _BATCH):
+                gates.filter(pk__in=ids[start : start + _BATCH]).update(waiting_for=count, **told)
