@@ -24,7 +24,7 @@ from .fencing import held
 from .graphs import END_RANK, When
 from .jobs import Job
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
-from .options import LABEL_LENGTH_MAX, check_text
+from .options import LABEL_LENGTH_MAX, check_step_name
 from .placeholders import ParentResults, StepResult, placeholders_in
 from .references import TaskReference, timeout_seconds_of
 from .states import Status, WorkflowStatus
@@ -227,8 +227,7 @@ def _lock_parents(
 def _free_name(run: WorkflowModel, name: str | None, job: Job) -> str:
     steps = _steps_of(run)
     if name is not None:
-        check_text("name", name, LABEL_LENGTH_MAX)
-        if steps.filter(name=name).exists():
+        if steps.filter(name=check_step_name(name)).exists():
             message = f"Workflow {run} has a step {name!r} already; names are unique."
             raise WorkflowError(message)
         return name

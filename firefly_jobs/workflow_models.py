@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from django.db import models
 from django.utils.translation import gettext_lazy as _
 
+from .databases.fields import ExactCharField
 from .databases.functions import DatabaseNow
 from .event_models import TaskEvent
 from .graphs import When
@@ -183,7 +184,7 @@ class WorkflowStep(models.Model):
     workflow = models.ForeignKey(
         WorkflowModel, on_delete=models.CASCADE, related_name="steps", db_index=False
     )
-    name = models.CharField(_("name"), max_length=LABEL_LENGTH_MAX)
+    name: ExactCharField = ExactCharField(_("name"), max_length=LABEL_LENGTH_MAX)
     priority = models.IntegerField(_("priority in the workflow"), default=0)
     gate = models.ForeignKey(
         WorkflowGate, on_delete=models.CASCADE, related_name="steps", null=True, blank=True
@@ -200,7 +201,7 @@ class WorkflowStep(models.Model):
         ]
 
     def __str__(self) -> str:
-        return self.name
+        return str(self.name)
 
 
 class WorkflowEdge(models.Model):

@@ -562,6 +562,47 @@ def test_two_who_add_steps_at_once_find_names_of_their_own():
     assert sorted(states(run)) == ["a", "q", "q-2"]
 
 
+def test_names_of_steps_are_equal_only_to_themselves():
+    names = ["load", "Load", "loäd", "LOÄD"]
+    wf = Workflow("exact")
+    for name in names[:2]:
+        wf.add(step.job.with_args(name, name), name=name)
+    wf.add(gather, depends_on=["Load"])
+    run = wf.schedule()
+    for name in names[2:]:
+        run.add(call(name))
+    added = run.add(step.job.with_args("behind"), name="behind", depends_on=["load"])
+    run_burst()
+
+    assert set(states(run)) == {*names, "gather", "behind"}
+    assert TaskModel.objects.get(step__name="gather").returned == {"Load": "Load"}
+    edges = WorkflowEdge.objects.filter(gate=added.step.gate)
+    assert list(edges.values_list("step__name", flat=True)) == ["load"]
+
+
+@pytest.mark.parametrize("name", ["a ", " a", "a\t", " ", ""])
+def test_names_that_a_database_would_change_are_refused(name):
+    wf = Workflow("exact")
+    first = wf.add(call("a"))
+    run = wf.schedule()
+
+    for add_it in (wf.add, run.add):
+        with pytest.raises(ValueError, match=r"A step's name must "):
+            add_it(call("b"), name=name)
+    assert wf.steps == (first,)
+    assert states(run) == {"a": "created"}
+
+
+def test_a_label_that_a_database_would_change_is_trimmed_before_a_step_is_called_that():
+    wf = Workflow("trimmed")
+    wf.add(call("a "))
+    wf.add(call(" "))
+    run = wf.schedule()
+    run.add(call("a\t"))
+
+    assert set(states(run)) == {"a", "step", "a-2"}
+
+
 def insert_then(name, then=None):
     """Return a step with an effect, so that its end is a commit of its own."""
 
