@@ -12,16 +12,20 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from django.db import connections
+from django.db import IntegrityError, connections, transaction
 from django.db.models import Exists, F, OuterRef, QuerySet
 
 from . import databases, events, following
 from .columns import revived_columns
 from .dependencies import Walk
+from .exceptions import TaskAlreadyScheduled
+from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import Status, WorkflowStatus
+from .unique import holder_of
 
 logger = logging.getLogger("firefly_jobs")
 
@@ -32,7 +36,16 @@ _ENDED = [status for status in Status if status.is_terminal]
 
 
 def retry_failed(workflow: int, *, using: str) -> int:
-    """Run again what failed in an ended workflow, and what was cancelled; return how many."""
+    """Run again what failed in an ended workflow, and what was cancelled; return how many.
+
+    Raises:
+        TaskAlreadyScheduled: If another row has the unique key of one by now; then nothing is
+            changed.
+    """
+    return tried_again(partial(_retry_failed, workflow, using), using=using)
+
+
+def _retry_failed(workflow: int, using: str) -> int:
     with databases.of(using).own_transaction(connections[using]):
         row = _locked(workflow, using).first()
         if row is None or row.status not in {WorkflowStatus.FAILED, WorkflowStatus.CANCELLED}:
@@ -76,6 +89,49 @@ def _locked(workflow: int, using: str) -> QuerySet[WorkflowModel]:
     return WorkflowModel.objects.using(using).select_for_update().filter(pk=workflow)
 
 
+def _revive(ids: Sequence[int], workflow: int, using: str) -> None:
+    """Let ended rows wait for their turn once more.
+
+    Raises:
+        TaskAlreadyScheduled: If another row has the unique key of one.
+    """
+    reviving = TaskModel.objects.using(using).filter(pk__in=ids, status__in=_ENDED)
+    try:
+        with transaction.atomic(using=using):
+            events.reviving(reviving, using=using)
+            reviving.update(
+                **revived_columns() | {"status": Status.BLOCKED, "active_key": F("unique_key")}
+            )
+    except IntegrityError:
+        raise _taken(reviving, workflow, using) from None
+
+
+def _taken(rows: QuerySet[TaskModel], workflow: int, using: str) -> TaskAlreadyScheduled:
+    """Return what says which of ``rows`` has a unique key that another row has, too."""
+    former: TaskModel | None = None
+    keyed = rows.filter(unique_key__isnull=False).order_by("unique_key", "pk")
+    for row in keyed.only("func_name", "status", "unique_key"):
+        existing = holder_of(row.unique_key, connections[using])
+        if existing is None and former is not None and former.unique_key == row.unique_key:
+            # Both had it, one after the other.
+            existing = former
+        if existing is not None:
+            step = WorkflowStep.objects.using(using).filter(pk=row.pk).first()
+            who = f"Task {row.pk} ({row.func_name})" if step is None else f"Step {step.name!r}"
+            message = (
+                f"{who} of workflow {workflow} cannot run again: its unique key "
+                f"{row.unique_key!r} belongs to task {existing.pk} ({existing.func_name}) by now, "
+                f"which is {existing.status}. Nothing was changed."
+            )
+            return TaskAlreadyScheduled(message, existing)
+        former = row
+    message = (
+        f"A unique key in workflow {workflow} changed hands while it was to run again, so nothing "
+        f"was changed; try again."
+    )
+    return TaskAlreadyScheduled(message, None)
+
+
 class _Rebuilding(Walk):
     """What follows in one workflow from its rows alone."""
 
@@ -85,14 +141,8 @@ class _Rebuilding(Walk):
         Args:
             again: Ended steps that are to run once more.
         """
-        rows = TaskModel.objects.using(self._using)
         for start in range(0, len(again), _BATCH):
-            # Keys are unique among what has not ended; a step's own was checked when it was made.
-            reviving = rows.filter(pk__in=again[start : start + _BATCH], status__in=_ENDED)
-            events.reviving(reviving, using=self._using)
-            reviving.update(
-                **revived_columns() | {"status": Status.BLOCKED, "active_key": F("unique_key")}
-            )
+            _revive(again[start : start + _BATCH], self._workflow, self._using)
         following.take_all(self._workflow, using=self._using)
         self._reset_gates()
         steps = WorkflowStep.objects.using(self._using).filter(workflow=self._workflow)

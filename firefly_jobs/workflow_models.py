@@ -103,6 +103,9 @@ class WorkflowModel(models.Model):
         """Run again what has failed or was cancelled; return how many steps.
 
         What has completed stays.  A workflow that runs, or has completed, is left alone.
+
+        Raises:
+            TaskAlreadyScheduled: If another task has the unique key of a step by now.
         """
         from .rebuilding import retry_failed  # noqa: PLC0415 - as above
 

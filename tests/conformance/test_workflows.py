@@ -1,5 +1,6 @@
 """Workflows: steps start when they may, whatever happens to those before them."""
 
+import contextlib
 import sys
 from queue import SimpleQueue
 from typing import Any
@@ -476,6 +477,54 @@ def test_a_step_is_not_replaced_by_another_call_with_its_key():
     assert states(run) == {"a": "created", "b": "blocked"}
     run_burst()
     assert ran == ["a", "b"] * 2
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_a_step_whose_key_is_taken_by_now_keeps_its_workflow_from_running_again(is_inside):
+    wf = Workflow("keyed")
+    wf.add(failing("b").with_unique_key("key"), ignore_result=True)
+    wf.add(failing("a"), depends_on=["b"])
+    wf.add(call("c").with_unique_key("other key"), depends_on=["b"], when="failure")
+    run = wf.schedule()
+    TaskModel.objects.get(step__name="c").cancel()
+    run_burst()
+    holder = step.using(unique_key="other key").schedule("holder")
+    before = states(run), ended(run)
+
+    with contextlib.ExitStack() as stack:
+        if is_inside:
+            stack.enter_context(transaction.atomic())
+        with pytest.raises(TaskAlreadyScheduled) as raised:
+            run.retry_failed()
+        # The transaction can be used further.
+        assert TaskModel.objects.filter(pk=holder.pk).exists()
+
+    assert raised.value.existing == holder
+    assert f"Step 'c' of workflow {run.pk} cannot run again" in str(raised.value)
+    assert f"task {holder.pk} " in str(raised.value)
+    assert (states(run), ended(run)) == before
+    assert before[1][0] == "failed"
+    assert holder.cancel()
+    assert run.retry_failed() == 2
+    assert states(run) == {"a": "created", "b": "failed", "c": "created"}
+
+
+def test_two_steps_that_had_one_key_after_each_other_cannot_run_again_together():
+    wf = Workflow("keyed")
+    wf.add(call("a"))
+    wf.add(call("b").with_unique_key("key"))
+    run = wf.schedule()
+    b = TaskModel.objects.get(step__name="b")
+    assert b.cancel()
+    run.add(call("c").with_unique_key("key"))
+    assert run.cancel()
+
+    with pytest.raises(TaskAlreadyScheduled, match="Step 'c' of workflow") as raised:
+        run.retry_failed()
+
+    assert raised.value.existing == b
+    assert ended(run)[0] == "cancelled"
+    assert set(states(run).values()) == {"cancelled"}
 
 
 def test_steps_are_added_while_it_runs():
