@@ -18,7 +18,7 @@ from typing import Any
 from django.db import IntegrityError, connections, transaction
 from django.db.models import Exists, F, OuterRef, QuerySet
 
-from . import databases, events, following
+from . import databases, enqueue, events, following
 from .columns import revived_columns
 from .dependencies import Walk
 from .exceptions import TaskAlreadyScheduled
@@ -56,12 +56,15 @@ def _retry_failed(workflow: int, using: str) -> int:
                 "pk", flat=True
             ),
             *steps.filter(task__status=Status.CANCELLED).values_list("pk", flat=True),
-            *(pk for pk in (row.on_success, row.on_failure) if pk is not None),
+            *_last_calls(row).values(),
         ]
+        for start in range(0, len(again), _BATCH):
+            _revive(again[start : start + _BATCH], workflow, using)
+        _replace_last_calls(row, using)
         WorkflowModel.objects.using(using).filter(pk=workflow).update(
             status=WorkflowStatus.RUNNING, error="", is_cancelled=False, ended=None
         )
-        _Rebuilding(workflow, using).rebuild(again)
+        _Rebuilding(workflow, using).rebuild()
         return len(again)
 
 
@@ -79,7 +82,7 @@ def sweep(*, using: str) -> int:
             walk = _Rebuilding(workflow, using)
             walk.lock_gates()
             if still.filter(pk=workflow).exists():
-                walk.rebuild(())
+                walk.rebuild()
                 count += 1
                 logger.warning("Workflow %s stood still, and was let go on", workflow)
     return count
@@ -132,17 +135,47 @@ def _taken(rows: QuerySet[TaskModel], workflow: int, using: str) -> TaskAlreadyS
     return TaskAlreadyScheduled(message, None)
 
 
+def _last_calls(row: WorkflowModel) -> dict[str, int]:
+    """Return the ids of the calls that wait for the end, by their columns."""
+    found = {"on_success": row.on_success, "on_failure": row.on_failure}
+    return {column: pk for column, pk in found.items() if pk is not None}
+
+
+def _replace_last_calls(row: WorkflowModel, using: str) -> None:
+    """Let other calls wait for the next end in place of those that are still about the former.
+
+    Those go on: somebody was promised a call for that end, and only its consumer may change a
+    row that runs.
+
+    Raises:
+        TaskAlreadyScheduled: If the unique key of one allows no other beside it.
+    """
+    rows = TaskModel.objects.using(using)
+    for column, pk in _last_calls(row).items():
+        # What was revived a moment ago waits at no line, so it is blocked for the end alone.
+        former = rows.filter(pk=pk).exclude(status=Status.BLOCKED, limit_key=None).first()
+        if former is None:
+            continue
+        if former.active_key is not None:
+            message = (
+                f"Workflow {row.pk} cannot run again: task {pk} ({former.func_name}), its "
+                f"{column}, has not ended since the former end, and its unique key "
+                f"{former.active_key!r} allows no other one beside it. Nothing was changed; try "
+                f"again once it has ended."
+            )
+            raise TaskAlreadyScheduled(message, former)
+        words = (*enqueue.INSERTED, *enqueue.EXTRAS)
+        call = TaskModel(**{word: getattr(former, word) for word in words})
+        call.not_before = call.expires_at = None
+        enqueue.insert_steps([call], workflow=row.pk, waiting=(0,), using=using)
+        WorkflowModel.objects.using(using).filter(pk=row.pk).update(**{column: call.pk})
+
+
 class _Rebuilding(Walk):
     """What follows in one workflow from its rows alone."""
 
-    def rebuild(self, again: Sequence[int]) -> None:
-        """Set all counters as the rows tell, and let go whom that lets go.
-
-        Args:
-            again: Ended steps that are to run once more.
-        """
-        for start in range(0, len(again), _BATCH):
-            _revive(again[start : start + _BATCH], self._workflow, self._using)
+    def rebuild(self) -> None:
+        """Set all counters as the rows tell, and let go whom that lets go."""
         following.take_all(self._workflow, using=self._using)
         self._reset_gates()
         steps = WorkflowStep.objects.using(self._using).filter(workflow=self._workflow)

@@ -84,6 +84,10 @@ def ended(run):
     return run.status, run.error
 
 
+def last_of(run, word="on_failure"):
+    return TaskModel.objects.get(pk=getattr(run, word))
+
+
 def complete(held):
     lifecycle.complete_many([Completion.of(held, 0.0, "")], using="default")
 
@@ -477,6 +481,60 @@ def test_a_step_is_not_replaced_by_another_call_with_its_key():
     assert states(run) == {"a": "created", "b": "blocked"}
     run_burst()
     assert ran == ["a", "b"] * 2
+
+
+@pytest.mark.parametrize("is_claimed", [False, True])
+def test_each_end_has_a_call_though_that_for_the_former_one_has_not_ended(is_claimed):
+    late = call("bad").with_queue("late").with_metadata(of="a").with_tags("last")
+    wf = Workflow("ends", on_failure=late)
+    wf.add(failing("a"))
+    run = wf.schedule()
+    run_burst()
+    former = last_of(run)
+    held = claim("late") if is_claimed else []
+
+    assert run.retry_failed() == 2
+    run_burst()
+    assert ended(run)[0] == "failed"
+    for one in held:
+        complete(one)
+    run_burst("late")
+
+    latter = last_of(run)
+    assert latter != former
+    assert (latter.status, latter.metadata, latter.tags) == ("completed", {"of": "a"}, ["last"])
+    assert ran == ["a", "a"] + ["bad"] * (1 if is_claimed else 2)
+    former.refresh_from_db()
+    assert former.status == "completed"
+
+
+def test_a_call_that_the_former_end_did_not_need_waits_for_the_next_one():
+    wf = Workflow("ends", on_success=call("good").with_queue("late"))
+    wf.add(failing("a"))
+    run = wf.schedule()
+    run_burst()
+    assert run.retry_failed() == 2
+    former = run.on_success
+
+    run.refresh_from_db()
+    # It was cancelled with the former end, so it is the same one.
+    assert run.on_success == former
+    assert last_of(run, "on_success").status == "blocked"
+
+
+def test_a_call_for_the_end_whose_key_allows_no_other_keeps_its_workflow_from_running_again():
+    wf = Workflow("ends", on_failure=call("bad").with_queue("late").with_unique_key("key"))
+    wf.add(failing("a"))
+    run = wf.schedule()
+    run_burst()
+
+    with pytest.raises(TaskAlreadyScheduled, match="its on_failure, has not ended") as raised:
+        run.retry_failed()
+
+    assert raised.value.existing == last_of(run)
+    assert (states(run), ended(run)[0]) == ({"a": "failed"}, "failed")
+    run_burst("late")
+    assert run.retry_failed() == 2
 
 
 @pytest.mark.parametrize("is_inside", [False, True])
