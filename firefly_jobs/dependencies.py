@@ -31,6 +31,7 @@ from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import Status, WorkflowStatus
 from .wakeup import announce, announce_ended
+from .workflow_models import IS_IGNORED
 
 SKIPPED = "skipped: a step before it did not end as this one asks"
 _BATCH = 1_000
@@ -117,8 +118,9 @@ class Walk:
         steps = WorkflowStep.objects.using(self._using).filter(pk__in=failed)
         for answer in (True, False):
             if answered := [end.id for end in ends if end.is_ignored is answer]:
-                steps.filter(pk__in=answered).update(ignore_result=answer)
-        return set(steps.filter(ignore_result=True).values_list("pk", flat=True))
+                steps.filter(pk__in=answered).update(is_forgiven=answer)
+        ignored = steps.alias(ignored=IS_IGNORED).filter(ignored=True)
+        return set(ignored.values_list("pk", flat=True))
 
     def _tell(self, ends: Sequence[End], fatal: Sequence[End]) -> None:
         """Keep as events what the failures of steps mean."""

@@ -26,6 +26,7 @@ from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import Status, WorkflowStatus
 from .unique import holder_of
+from .workflow_models import IS_IGNORED
 
 logger = logging.getLogger("firefly_jobs")
 
@@ -52,9 +53,9 @@ def _retry_failed(workflow: int, using: str) -> int:
             return 0
         steps = WorkflowStep.objects.using(using).filter(workflow=workflow)
         again = [
-            *steps.filter(task__status=Status.FAILED, ignore_result=False).values_list(
-                "pk", flat=True
-            ),
+            *steps.alias(ignored=IS_IGNORED)
+            .filter(task__status=Status.FAILED, ignored=False)
+            .values_list("pk", flat=True),
             *steps.filter(task__status=Status.CANCELLED).values_list("pk", flat=True),
             *_last_calls(row).values(),
         ]
@@ -105,6 +106,8 @@ def _revive(ids: Sequence[int], workflow: int, using: str) -> None:
             reviving.update(
                 **revived_columns() | {"status": Status.BLOCKED, "active_key": F("unique_key")}
             )
+            # What a hook has said was about the failure that was.
+            WorkflowStep.objects.using(using).filter(pk__in=ids).update(is_forgiven=None)
     except IntegrityError:
         raise _taken(reviving, workflow, using) from None
 
@@ -180,7 +183,7 @@ class _Rebuilding(Walk):
         self._reset_gates()
         steps = WorkflowStep.objects.using(self._using).filter(workflow=self._workflow)
         ended = steps.filter(task__status__in=_ENDED)
-        found = list(ended.values_list("pk", "task__status", "ignore_result"))
+        found = list(ended.values_list("pk", "task__status", IS_IGNORED))
         ignored = {pk for pk, _, is_ignored in found if is_ignored}
         self._arrive({pk: Status(status) for pk, status, _ in found}, ignored)
         self._let_go(list(steps.filter(gate=None).values_list("pk", flat=True)))

@@ -28,6 +28,7 @@ from .options import LABEL_LENGTH_MAX, check_step_name
 from .placeholders import ParentResults, StepResult, placeholders_in
 from .references import TaskReference, timeout_seconds_of
 from .states import Status, WorkflowStatus
+from .workflow_models import IS_IGNORED
 
 # How often a workflow is looked at that stands still.
 STILL_SECONDS = 0.2
@@ -66,7 +67,8 @@ def progress_of(run: WorkflowModel) -> Progress:
 
 def ignored_failures_of(run: WorkflowModel, *, limit: int | None = None) -> list[str]:
     """Return the names of the steps whose failure was ignored."""
-    failed = _steps_of(run).filter(task__status=Status.FAILED, ignore_result=True)
+    ignored = _steps_of(run).alias(ignored=IS_IGNORED).filter(ignored=True)
+    failed = ignored.filter(task__status=Status.FAILED)
     return list(failed.order_by("pk").values_list("name", flat=True)[:limit])
 
 
@@ -211,7 +213,7 @@ def _lock_parents(
     for pk, status, fence in rows.select_for_update().values_list("pk", "status", "fence"):
         if not Status(status).is_terminal:
             waits_for.append(pk)
-        elif not asked[pk].is_met(Status(status), is_ignored=parents[pk].ignore_result):
+        elif not asked[pk].is_met(Status(status), is_ignored=parents[pk].is_ignored):
             message = (
                 f"A step of workflow {run} cannot depend on {parents[pk].name!r}, which is "
                 f"{status}."

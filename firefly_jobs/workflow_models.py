@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from django.db import models
+from django.db.models.functions import Coalesce
 from django.utils.translation import gettext_lazy as _
 
 from .databases.fields import ExactCharField
@@ -193,6 +194,9 @@ class WorkflowStep(models.Model):
         WorkflowGate, on_delete=models.CASCADE, related_name="steps", null=True, blank=True
     )
     ignore_result = models.BooleanField(_("failure is ignored"), default=False)
+    # What a hook has answered about its failure; null: none had an answer, and ignore_result
+    # decides.  Of this failure only: when the step runs again, that is asked anew.
+    is_forgiven = models.BooleanField(_("failure is forgiven"), null=True, blank=True)
     # It waits for a failure, or for any end: so it runs although the workflow has stopped.
     is_cleanup = models.BooleanField(_("clean-up"), default=False)
 
@@ -205,6 +209,14 @@ class WorkflowStep(models.Model):
 
     def __str__(self) -> str:
         return str(self.name)
+
+    @property
+    def is_ignored(self) -> bool:
+        """Whether its failure stops nothing, if it has failed; in queries ``IS_IGNORED``."""
+        return self.ignore_result if self.is_forgiven is None else self.is_forgiven
+
+
+IS_IGNORED = Coalesce("is_forgiven", "ignore_result")
 
 
 class WorkflowEdge(models.Model):

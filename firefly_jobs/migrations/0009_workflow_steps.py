@@ -1,4 +1,4 @@
-from django.db import migrations
+from django.db import migrations, models
 
 import firefly_jobs.databases.fields
 
@@ -13,5 +13,10 @@ class Migration(migrations.Migration):
             model_name="workflowstep",
             name="name",
             field=firefly_jobs.databases.fields.ExactCharField(max_length=200, verbose_name="name"),
+        ),
+        migrations.AddField(
+            model_name="workflowstep",
+            name="is_forgiven",
+            field=models.BooleanField(blank=True, null=True, verbose_name="failure is forgiven"),
         ),
     ]
