@@ -626,6 +626,62 @@ def test_an_added_step_gets_results_as_a_planned_one_does():
     assert TaskModel.objects.get(pk=added.pk).returned == 8
 
 
+def test_a_step_that_is_added_behind_what_has_ended_is_due_and_drawn_behind_it():
+    wf = Workflow("late")
+    wf.add(call("a"))
+    wf.add(failing("b"), ignore_result=True)
+    wf.add(call("c").with_queue("never"))
+    run = wf.schedule()
+    run_burst()
+
+    late = run.add(call("late"), depends_on=["a"])
+    sorry = run.add(call("sorry"), depends_on=["b"], when="failure")
+    both = run.add(call("both"), depends_on=["a", "c"])
+
+    found = [states(run)[name] for name in ("late", "sorry", "both")]
+    assert found == ["created", "created", "blocked"]
+    ids = dict(WorkflowStep.objects.values_list("name", "pk"))
+    picture = run.as_mermaid()
+    assert f"s{ids['a']} --> s{late.pk}" in picture
+    assert f"s{ids['b']} -. failure .-> s{sorry.pk}" in picture
+    assert f"s{ids['a']} --> s{both.pk}" in picture
+    assert f"s{ids['c']} --> s{both.pk}" in picture
+    run_burst()
+    run_burst("never")
+    run_burst()
+    assert ended(run) == ("completed", "")
+
+
+def test_a_step_that_was_added_behind_what_had_ended_waits_for_it_when_that_runs_again():
+    wf = Workflow("again")
+    wf.add(call("a"))
+    wf.add(call("b"))
+    run = wf.schedule()
+    assert TaskModel.objects.get(step__name="a").cancel()
+    run.add(failing("late"), depends_on=["a"], when="always")
+    run_burst()
+    assert ended(run)[0] == "failed"
+
+    assert run.retry_failed() == 2
+    assert states(run) == {"a": "created", "b": "completed", "late": "blocked"}
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+def test_with_repeatable_reads_a_step_is_added_behind_one_whose_end_is_not_followed_yet():
+    run = group(call("a"), call("b")).schedule()
+    a, b = claim()
+
+    with repeatable_reads(), transaction.atomic():
+        transaction.on_commit(lambda: run.add(call("late"), depends_on=["a"]))
+        lifecycle.complete(Completion.of(a, 0.0, ""), using="default")
+
+    assert states(run) == {"a": "completed", "b": "running", "late": "created"}
+    complete(b)
+    run_burst()
+    assert set(WorkflowGate.objects.values_list("waiting_for", flat=True)) == {0}
+
+
 def test_a_step_of_another_database_is_not_added():
     run = chain(call("a")).schedule()
 
