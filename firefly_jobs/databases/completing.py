@@ -32,11 +32,15 @@ class Completion(NamedTuple):
     returned: str
     is_limited: bool = False
     workflow: int | None = None
+    func_name: str = ""
 
     @classmethod
     def of(cls, claim: Claim, duration: float, returned: str) -> Self:
         """Return the settling of a claim whose call returned."""
-        return cls(claim.id, claim.fence, duration, returned, claim.is_limited, claim.workflow)
+        return cls(
+            *(claim.id, claim.fence, duration, returned),
+            *(claim.is_limited, claim.workflow, claim.func_name),
+        )
 
     @property
     def values(self) -> list[Any]:
