@@ -8,23 +8,20 @@ one order.  A step that waits at a gate is changed only by who has locked the ga
 A step that fails stops its workflow, unless its result is ignored: what has not started is
 cancelled, but for steps that wait for just that.  They see how those before them ended.
 
-Should a count be lost all the same (rows changed by hand, a process that ended between a
-commit and what was to follow it), :func:`sweep` finds the workflow that stands still.
+What sets all counters of a workflow from its rows stands in ``rebuilding``.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from django.db import connections, transaction
-from django.db.models import Exists, F, OuterRef, QuerySet
+from django.db.models import F
 
 from . import admission, databases, events, following, messenger, tallies
-from .columns import revived_columns
 from .databases import ANY_QUEUE, Counted
 from .databases.functions import DatabaseNow
 from .event_models import EventKind
@@ -34,11 +31,8 @@ from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import Status, WorkflowStatus
 from .wakeup import announce, announce_ended
+from .workflow_models import IS_IGNORED
 
-logger = logging.getLogger("firefly_jobs")
-
-# Workflows that one sweep looks at.
-SWEEP_MAX = 100
 SKIPPED = "skipped: a step before it did not end as this one asks"
 _BATCH = 1_000
 _WAITING = [Status.CREATED, Status.BLOCKED]
@@ -65,16 +59,16 @@ def follow(ends: Sequence[End], *, using: str, counted: Counted | None = None) -
         counted: The one gate behind the only one of them, if it was counted off there already.
     """
     if counted is not None:
-        _Walk(ends[0].workflow, using).go_on(ends[0], counted)
+        Walk(ends[0].workflow, using).go_on(ends[0], counted)
         return
     by_workflow: defaultdict[int, list[End]] = defaultdict(list)
     for end in ends:
         by_workflow[end.workflow].append(end)
     for workflow, found in sorted(by_workflow.items()):
-        _Walk(workflow, using).follow(found)
+        Walk(workflow, using).follow(found)
 
 
-class _Walk:
+class Walk:
     """What follows in one workflow, rank by rank.
 
     Args:
@@ -124,8 +118,9 @@ class _Walk:
         steps = WorkflowStep.objects.using(self._using).filter(pk__in=failed)
         for answer in (True, False):
             if answered := [end.id for end in ends if end.is_ignored is answer]:
-                steps.filter(pk__in=answered).update(ignore_result=answer)
-        return set(steps.filter(ignore_result=True).values_list("pk", flat=True))
+                steps.filter(pk__in=answered).update(is_forgiven=answer)
+        ignored = steps.alias(ignored=IS_IGNORED).filter(ignored=True)
+        return set(ignored.values_list("pk", flat=True))
 
     def _tell(self, ends: Sequence[End], fatal: Sequence[End]) -> None:
         """Keep as events what the failures of steps mean."""
@@ -366,51 +361,6 @@ class _Walk:
             self._cancelled.append(pk)
             events.told([pk], EventKind.CANCELLED, error, using=self._using)
 
-    # --- from the rows alone
-
-    def rebuild(self, again: Sequence[int]) -> None:
-        """Set all counters as the rows tell, and let go whom that lets go.
-
-        Args:
-            again: Ended steps that are to run once more.
-        """
-        rows = TaskModel.objects.using(self._using)
-        for start in range(0, len(again), _BATCH):
-            # Keys are unique among what has not ended; a step's own was checked when it was made.
-            reviving = rows.filter(pk__in=again[start : start + _BATCH], status__in=_ENDED)
-            events.reviving(reviving, using=self._using)
-            reviving.update(
-                **revived_columns() | {"status": Status.BLOCKED, "active_key": F("unique_key")}
-            )
-        following.take_all(self._workflow, using=self._using)
-        self._reset_gates()
-        steps = WorkflowStep.objects.using(self._using).filter(workflow=self._workflow)
-        ended = steps.filter(task__status__in=_ENDED)
-        found = list(ended.values_list("pk", "task__status", "ignore_result"))
-        ignored = {pk for pk, _, is_ignored in found if is_ignored}
-        self._arrive({pk: Status(status) for pk, status, _ in found}, ignored)
-        self._let_go(list(steps.filter(gate=None).values_list("pk", flat=True)))
-        self._walk()
-
-    def _reset_gates(self) -> None:
-        gates = WorkflowGate.objects.using(self._using).filter(workflow=self._workflow)
-        edges = WorkflowEdge.objects.using(self._using).filter(gate__workflow=self._workflow)
-        counts: defaultdict[int, int] = defaultdict(int)
-        for gate in edges.values_list("gate", flat=True):
-            counts[gate] += 1
-        by_count: defaultdict[int, list[int]] = defaultdict(list)
-        locked = gates.order_by("rank", "pk").select_for_update()
-        for gate, rank in locked.values_list("pk", "rank"):
-            by_count[counts[gate]].append(gate)
-            if not counts[gate]:
-                # All that counted there was deleted, and nobody else would open it.
-                self._pending[rank][gate] = (0, False)
-        for count, ids in by_count.items():
-            # A gate that has nothing left to count keeps what it was told before.
-            told: dict[str, Any] = {"is_unmet": False} if count else {}
-            for start in range(0, len(ids), _BATCH):
-                gates.filter(pk__in=ids[start : start + _BATCH]).update(waiting_for=count, **told)
-
 
 def _write_cancelled(ids: Sequence[int], error: str, using: str) -> int:
     rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=_WAITING)
@@ -424,10 +374,6 @@ def _follow_after(ends: Sequence[End], *, using: str) -> None:
         follow([end for end in ends if end.id in ours], using=using)
 
 
-def _locked(workflow: int, using: str) -> QuerySet[WorkflowModel]:
-    return WorkflowModel.objects.using(using).select_for_update().filter(pk=workflow)
-
-
 # --- what people do
 
 
@@ -436,7 +382,7 @@ def cancel(workflow: int, *, using: str) -> bool:
 
     def work() -> bool:
         with databases.of(using).own_transaction(connections[using]):
-            return _Walk(workflow, using).cancel()
+            return Walk(workflow, using).cancel()
 
     # A call that has added a step holds the gate of the end, and asks for another one later.
     return tried_again(work, using=using)
@@ -449,51 +395,6 @@ def cancel_steps(ids: Sequence[int], error: str, *, using: str) -> int:
     for pk, workflow in steps.order_by("pk").values_list("pk", "workflow"):
         by_workflow[workflow].append(pk)
     return sum(
-        _Walk(workflow, using).cancel_steps(found, error)
+        Walk(workflow, using).cancel_steps(found, error)
         for workflow, found in sorted(by_workflow.items())
     )
-
-
-def retry_failed(workflow: int, *, using: str) -> int:
-    """Run again what failed in an ended workflow, and what was cancelled; return how many."""
-    with databases.of(using).own_transaction(connections[using]):
-        row = _locked(workflow, using).first()
-        if row is None or row.status not in {WorkflowStatus.FAILED, WorkflowStatus.CANCELLED}:
-            return 0
-        steps = WorkflowStep.objects.using(using).filter(workflow=workflow)
-        again = [
-            *steps.filter(task__status=Status.FAILED, ignore_result=False).values_list(
-                "pk", flat=True
-            ),
-            *steps.filter(task__status=Status.CANCELLED).values_list("pk", flat=True),
-            *(pk for pk in (row.on_success, row.on_failure) if pk is not None),
-        ]
-        WorkflowModel.objects.using(using).filter(pk=workflow).update(
-            status=WorkflowStatus.RUNNING, error="", is_cancelled=False, ended=None
-        )
-        tallies.workflow_revived(row, using=using)
-        _Walk(workflow, using).rebuild(again)
-        return len(again)
-
-
-# --- what is lost in spite of all
-
-
-def sweep(*, using: str) -> int:
-    """Let workflows go on that stand still; return how many there were."""
-    tasks = TaskModel.objects.using(using).filter(workflow=OuterRef("pk"))
-    moving = tasks.filter(status__in=[Status.CREATED, Status.RUNNING])
-    in_line = tasks.filter(status=Status.BLOCKED, limit_key__isnull=False)
-    running = WorkflowModel.objects.using(using).filter(status=WorkflowStatus.RUNNING)
-    still = running.filter(~Exists(moving), ~Exists(in_line)).order_by("pk")
-    count = 0
-    for workflow in list(still.values_list("pk", flat=True)[:SWEEP_MAX]):
-        with databases.of(using).own_transaction(connections[using]):
-            list(_locked(workflow, using).values_list("pk"))
-            walk = _Walk(workflow, using)
-            walk.lock_gates()
-            if still.filter(pk=workflow).exists():
-                walk.rebuild(())
-                count += 1
-                logger.warning("Workflow %s stood still, and was let go on", workflow)
-    return count

@@ -2,10 +2,12 @@
 
 Each event is written in the transaction of what it tells, many with one statement; only that
 rows were claimed is told right after the claim, which is a statement of its own.  That a call
-has started is told together with its end, as nothing is written when it starts.
+has started is told together with its end, as nothing is written when it starts; so is the
+claim of a call that goes on elsewhere, since most such claims only look, and tell nothing.
 
 While none are kept this costs one look at the settings per batch.  Nothing here decides: what
-is told is what ``enqueue``, ``lifecycle``, ``admission`` and ``dependencies`` have written.
+is told is what ``enqueue``, ``lifecycle``, ``admission``, ``dependencies`` and ``rebuilding``
+have written.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 from django.db import connections, transaction
 from django.db.models import QuerySet
 
-from . import databases
+from . import databases, registry
 from .attempts import Claim, Ended, Settlement
 from .conf import get_settings
 from .databases import Completion
@@ -91,10 +93,11 @@ def reviving(rows: QuerySet[TaskModel], *, using: str) -> None:
 
 
 def claimed(claims: Sequence[Claim], *, using: str, consumer: int) -> None:
-    """Tell that rows were claimed."""
+    """Tell that rows were claimed; of what is only looked at, that waits for what is seen."""
     if claims and are_kept():
+        found = [c for c in claims if not registry.is_looked_at(c.func_name)]
         kind = EventKind.CLAIMED
-        _write((TaskEvent(task_id=c.id, kind=kind, consumer=consumer) for c in claims), using)
+        _write((TaskEvent(task_id=c.id, kind=kind, consumer=consumer) for c in found), using)
 
 
 def completed(completions: Iterable[Completion], *, using: str, consumer: int | None) -> None:
@@ -103,7 +106,9 @@ def completed(completions: Iterable[Completion], *, using: str, consumer: int | 
         return
     found = []
     for item in completions:
-        found.append(_started(item.id, item.duration, consumer))
+        if registry.is_looked_at(item.func_name):
+            found.append(_since(item.id, EventKind.CLAIMED, item.duration, consumer))
+        found.append(_since(item.id, EventKind.STARTED, item.duration, consumer))
         found.append(TaskEvent(task_id=item.id, kind=EventKind.COMPLETED, consumer=consumer))
     _write(found, using)
 
@@ -115,14 +120,18 @@ def one_completed(completion: Completion, *, using: str, consumer: int | None) -
 
 
 def settled(settlements: Iterable[Settlement], *, using: str, consumer: int | None) -> None:
-    """Tell how attempts have ended, and when they had started."""
+    """Tell how attempts have ended, and when they had started; nothing of a look without news."""
     if not are_kept():
         return
     found = []
     for item in settlements:
+        if not item.is_notable:
+            continue
+        if registry.is_looked_at(item.claim.func_name):
+            found.append(_since(item.claim.id, EventKind.CLAIMED, item.duration, consumer))
         # Nobody knows it of a call whose process has died.
         if item.has_started and item.duration:
-            found.append(_started(item.claim.id, item.duration, consumer))
+            found.append(_since(item.claim.id, EventKind.STARTED, item.duration, consumer))
         found.append(
             TaskEvent(
                 task_id=item.claim.id,
@@ -134,9 +143,9 @@ def settled(settlements: Iterable[Settlement], *, using: str, consumer: int | No
     _write(found, using)
 
 
-def _started(pk: int, duration: float, consumer: int | None) -> TaskEvent:
+def _since(pk: int, kind: EventKind, duration: float, consumer: int | None) -> TaskEvent:
     at: Any = SecondsFromNow(-duration)
-    return TaskEvent(task_id=pk, kind=EventKind.STARTED, at=at, consumer=consumer)
+    return TaskEvent(task_id=pk, kind=kind, at=at, consumer=consumer)
 
 
 def _kind_of(settlement: Settlement) -> EventKind:

@@ -14,20 +14,20 @@ from .models import TaskModel
 from .states import Status
 
 # No gate has this number.
-_NOT_FOLLOWED = -1
+NOT_FOLLOWED = -1
 _ENDED = [status for status in Status if status.is_terminal]
 
 
 def postpone(ids: Collection[int], *, using: str) -> None:
     """Note that the ends of some steps, written in the open transaction, are followed later."""
     rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=_ENDED)
-    rows.update(next_gate=_NOT_FOLLOWED)
+    rows.update(next_gate=NOT_FOLLOWED)
 
 
 def take(ids: Collection[int], *, using: str) -> set[int]:
     """Lock those of some steps whose ends nobody has followed yet, and return them as ours."""
     rows = TaskModel.objects.using(using).filter(
-        pk__in=ids, status__in=_ENDED, next_gate=_NOT_FOLLOWED
+        pk__in=ids, status__in=_ENDED, next_gate=NOT_FOLLOWED
     )
     taken = set(rows.order_by("pk").select_for_update().values_list("pk", flat=True))
     rows.update(next_gate=None)
@@ -37,6 +37,6 @@ def take(ids: Collection[int], *, using: str) -> set[int]:
 def take_all(workflow: int, *, using: str) -> None:
     """Take all of a workflow, as its counters are about to be set from the rows."""
     rows = TaskModel.objects.using(using).filter(
-        workflow=workflow, status__in=_ENDED, next_gate=_NOT_FOLLOWED
+        workflow=workflow, status__in=_ENDED, next_gate=NOT_FOLLOWED
     )
     rows.update(next_gate=None)

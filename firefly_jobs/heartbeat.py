@@ -20,7 +20,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from . import admission, dependencies, events, fencing, leases, messenger, tallies
+from . import admission, events, fencing, leases, messenger, rebuilding, tallies
 from .attempts import Claim, Ended, Settlement
 from .membership import KeptConnection
 from .models import ConsumerModel
@@ -129,7 +129,7 @@ class Heartbeat(threading.Thread):
         if monotonic() >= self._next_sweep_at:
             self._next_sweep_at = monotonic() + self._lease_seconds * SWEEP_LEASES
             self._swept = admission.sweep(self._swept, using=self._using)
-            dependencies.sweep(using=self._using)
+            rebuilding.sweep(using=self._using)
             events.sweep(using=self._using)
             tallies.sweep(using=self._using)
 

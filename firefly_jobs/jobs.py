@@ -215,7 +215,7 @@ class Job(metaclass=_JobType):
     @property
     def default_name(self) -> str:
         """What a step of a workflow is called that nobody names."""
-        return self.options.label or self.task.name.rpartition(".")[2]
+        return self.options.label.strip() or self.task.name.rpartition(".")[2]
 
     @property
     def alias(self) -> str:

@@ -355,6 +355,22 @@ def check_key(key: Any, *, word: str = "unique_key") -> str:
     return key
 
 
+def check_step_name(name: Any) -> str:
+    """Return ``name`` if a step of a workflow can be called that.
+
+    Raises:
+        TypeError: If it is no text.
+        ValueError: If it is empty or too long, or if a database would change it.
+    """
+    word = "A step's name"
+    check_text(word, name, LABEL_LENGTH_MAX, least=1)
+    if name != name.strip():
+        # As with keys: some collations know no difference between "a" and "a ".
+        message = f"{word} must not begin or end with white space, got {name!r}."
+        raise ValueError(message)
+    return str(name)
+
+
 def check_text(word: str, text: Any, longest: int, *, least: int = 0) -> None:
     """Raise unless ``text`` is text of that length that every database stores."""
     _require(word, text, (str,), "text")

@@ -73,6 +73,12 @@ def is_async(name: str) -> bool:
     return task is not None and task.is_async
 
 
+def is_looked_at(name: str) -> bool:
+    """Whether calls of ``name`` go on elsewhere, and a consumer looks at them now and then."""
+    task = _tasks.get(name)
+    return task is not None and bool(task.no_limits)
+
+
 def has_async() -> bool:
     """Whether this process knows any async task."""
     return any(task.is_async for task in _tasks.values())

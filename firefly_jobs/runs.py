@@ -21,13 +21,15 @@ from . import databases, enqueue
 from .conf import get_settings, suggestion
 from .exceptions import WorkflowError
 from .fencing import held
+from .following import NOT_FOLLOWED
 from .graphs import END_RANK, When
 from .jobs import Job
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
-from .options import LABEL_LENGTH_MAX, check_text
+from .options import LABEL_LENGTH_MAX, check_step_name
 from .placeholders import ParentResults, StepResult, placeholders_in
 from .references import TaskReference, timeout_seconds_of
 from .states import Status, WorkflowStatus
+from .workflow_models import IS_IGNORED
 
 # How often a workflow is looked at that stands still.
 STILL_SECONDS = 0.2
@@ -66,7 +68,8 @@ def progress_of(run: WorkflowModel) -> Progress:
 
 def ignored_failures_of(run: WorkflowModel, *, limit: int | None = None) -> list[str]:
     """Return the names of the steps whose failure was ignored."""
-    failed = _steps_of(run).filter(task__status=Status.FAILED, ignore_result=True)
+    ignored = _steps_of(run).alias(ignored=IS_IGNORED).filter(ignored=True)
+    failed = ignored.filter(task__status=Status.FAILED)
     return list(failed.order_by("pk").values_list("name", flat=True)[:limit])
 
 
@@ -160,8 +163,9 @@ def add(
             message = f"Workflow {run} has ended, or stops, so nothing can be added to it."
             raise WorkflowError(message)
         gate = None
-        if waits_for:
-            rank = _steps_of(run).filter(pk__in=waits_for).aggregate(Max("gate__rank"))
+        if parents:
+            # Open at once if all of them have ended; should they run again, it is waited at.
+            rank = _steps_of(run).filter(pk__in=parents).aggregate(Max("gate__rank"))
             gate = WorkflowGate.objects.using(using).create(
                 workflow=run, rank=1 + _or(rank["gate__rank__max"], -1), waiting_for=len(waits_for)
             )
@@ -172,10 +176,10 @@ def add(
             name=_free_name(run, name, job),
             gate=gate,
             ignore_result=ignore_result,
-            is_cleanup=any(conditions[pk] is not When.SUCCESS for pk in waits_for),
+            is_cleanup=any(when is not When.SUCCESS for when in conditions.values()),
         )
         step.save(using=using, force_insert=True)
-        edges = [WorkflowEdge(gate=gate, step_id=pk, when=conditions[pk]) for pk in waits_for]
+        edges = [WorkflowEdge(gate=gate, step_id=pk, when=when) for pk, when in conditions.items()]
         edges.append(WorkflowEdge(gate=end.get(), step_id=row.pk, when=When.ENDED))
         WorkflowEdge.objects.using(using).bulk_create(edges)
     return row
@@ -205,13 +209,14 @@ def _resolved(run: WorkflowModel, depends_on: Any) -> list[WorkflowStep]:
 def _lock_parents(
     run: WorkflowModel, parents: dict[int, WorkflowStep], asked: dict[int, When], using: str
 ) -> list[int]:
-    """Return those of ``parents`` that have not ended, and keep them from ending meanwhile."""
+    """Return those of ``parents`` that have yet to be counted, and keep them from it meanwhile."""
     rows = TaskModel.objects.using(using).filter(pk__in=list(parents)).order_by("pk")
+    locked = rows.select_for_update().values_list("pk", "status", "fence", "next_gate")
     waits_for = []
-    for pk, status, fence in rows.select_for_update().values_list("pk", "status", "fence"):
-        if not Status(status).is_terminal:
+    for pk, status, fence, next_gate in locked:
+        if not Status(status).is_terminal or next_gate == NOT_FOLLOWED:
             waits_for.append(pk)
-        elif not asked[pk].is_met(Status(status), is_ignored=parents[pk].ignore_result):
+        elif not asked[pk].is_met(Status(status), is_ignored=parents[pk].is_ignored):
             message = (
                 f"A step of workflow {run} cannot depend on {parents[pk].name!r}, which is "
                 f"{status}."
@@ -227,8 +232,7 @@ def _lock_parents(
 def _free_name(run: WorkflowModel, name: str | None, job: Job) -> str:
     steps = _steps_of(run)
     if name is not None:
-        check_text("name", name, LABEL_LENGTH_MAX)
-        if steps.filter(name=name).exists():
+        if steps.filter(name=check_step_name(name)).exists():
             message = f"Workflow {run} has a step {name!r} already; names are unique."
             raise WorkflowError(message)
         return name

@@ -98,17 +98,23 @@ def insert_many(rows: list[TaskModel], keyed: list[int], connection: Any, *, wri
                 rows[place] = insert(rows[place], connection, write=write)
 
 
+def holder_of(key: str, connection: Any) -> TaskModel | None:
+    """Return the row that has a key, though a snapshot may not show it."""
+    pk = databases.of(connection.alias).holder(connection, key)
+    if pk is None:
+        return None
+    # Not shown by a snapshot that is older: then it is committed, and another session sees it.
+    found = TaskModel.objects.using(connection.alias).filter(pk=pk).first()
+    return found or _seen_outside(pk, connection.alias)
+
+
 def _conflict(row: TaskModel, connection: Any) -> TaskModel | None:
     """Do what the row's ``on_conflict`` says; return ``None`` if the key may be free now."""
     alias, key = connection.alias, row.active_key or ""
-    pk = databases.of(alias).holder(connection, key)
-    if pk is None:
-        return None
     rows = TaskModel.objects.using(alias)
-    # Not shown by a snapshot that is older: then it is committed, and another session sees it.
-    existing = rows.filter(pk=pk).first() or _seen_outside(pk, alias)
-    if existing is None:
+    if (existing := holder_of(key, connection)) is None:
         return None
+    pk = existing.pk
     if existing.status in TERMINAL:
         # A consumer of a version without keys has settled it, or a snapshot shows an earlier life.
         ended = rows.filter(pk=pk, active_key=key, status__in=list(TERMINAL))

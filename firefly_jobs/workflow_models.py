@@ -10,8 +10,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from django.db import models
+from django.db.models.functions import Coalesce
 from django.utils.translation import gettext_lazy as _
 
+from .databases.fields import ExactCharField
 from .databases.functions import DatabaseNow
 from .event_models import TaskEvent
 from .graphs import When
@@ -115,8 +117,11 @@ class WorkflowModel(models.Model):
         """Run again what has failed or was cancelled; return how many steps.
 
         What has completed stays.  A workflow that runs, or has completed, is left alone.
+
+        Raises:
+            TaskAlreadyScheduled: If another task has the unique key of a step by now.
         """
-        from .dependencies import retry_failed  # noqa: PLC0415 - as above
+        from .rebuilding import retry_failed  # noqa: PLC0415 - as above
 
         return retry_failed(self.pk, using=self._state.db or "default")
 
@@ -196,12 +201,15 @@ class WorkflowStep(models.Model):
     workflow = models.ForeignKey(
         WorkflowModel, on_delete=models.CASCADE, related_name="steps", db_index=False
     )
-    name = models.CharField(_("name"), max_length=LABEL_LENGTH_MAX)
+    name: ExactCharField = ExactCharField(_("name"), max_length=LABEL_LENGTH_MAX)
     priority = models.IntegerField(_("priority in the workflow"), default=0)
     gate = models.ForeignKey(
         WorkflowGate, on_delete=models.CASCADE, related_name="steps", null=True, blank=True
     )
     ignore_result = models.BooleanField(_("failure is ignored"), default=False)
+    # What a hook has answered about its failure; null: none had an answer, and ignore_result
+    # decides.  Of this failure only: when the step runs again, that is asked anew.
+    is_forgiven = models.BooleanField(_("failure is forgiven"), null=True, blank=True)
     # It waits for a failure, or for any end: so it runs although the workflow has stopped.
     is_cleanup = models.BooleanField(_("clean-up"), default=False)
 
@@ -213,7 +221,15 @@ class WorkflowStep(models.Model):
         ]
 
     def __str__(self) -> str:
-        return self.name
+        return str(self.name)
+
+    @property
+    def is_ignored(self) -> bool:
+        """Whether its failure stops nothing, if it has failed; in queries ``IS_IGNORED``."""
+        return self.ignore_result if self.is_forgiven is None else self.is_forgiven
+
+
+IS_IGNORED = Coalesce("is_forgiven", "ignore_result")
 
 
 class WorkflowEdge(models.Model):

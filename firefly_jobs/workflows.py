@@ -20,7 +20,7 @@ from .exceptions import WorkflowError
 from .graphs import Dependency, Node, When
 from .jobs import Job
 from .models import TaskModel, WorkflowModel, WorkflowStep
-from .options import LABEL_LENGTH_MAX
+from .options import LABEL_LENGTH_MAX, check_step_name
 from .placeholders import StepResult, placeholders_in, replaced
 from .runs import with_parent_results
 from .workflow_rows import NewStep
@@ -106,7 +106,7 @@ class Workflow:
     """
 
     def __init__(self, name: str, *, on_success: Any = None, on_failure: Any = None) -> None:
-        self.name = _checked_name("A workflow's name", name)
+        self.name = _checked_name(name)
         self._steps: list[Step] = []
         self._parts: dict[str, Part] = {}
         # All names, and the last number that was given to one, so that thousands are added soon.
@@ -226,7 +226,7 @@ class Workflow:
 
     def _new_name(self, name: str | None, default: str) -> str:
         if name is not None:
-            if _checked_name("A step's name", name) in self._taken:
+            if check_step_name(name) in self._taken:
                 message = f"Workflow {self.name!r} has a step {name!r} already; names are unique."
                 raise WorkflowError(message)
             return name
@@ -449,9 +449,11 @@ def _level(priority: Any) -> int:
     return int(priority)
 
 
-def _checked_name(what: str, name: Any) -> str:
+def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not name.strip() or len(name) > LABEL_LENGTH_MAX:
-        message = f"{what} must be a text of 1 to {LABEL_LENGTH_MAX} characters, got {name!r}."
+        message = (
+            f"A workflow's name must be a text of 1 to {LABEL_LENGTH_MAX} characters, got {name!r}."
+        )
         raise ValueError(message)
     return name
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from django.db.models import Count
+from django.db.models.functions import Coalesce
 from django.urls import reverse
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
@@ -268,7 +269,8 @@ class Steps:
 
 
 _COLUMNS = (
-    *("pk", "step__name", "status", "step__priority", "step__gate", "step__ignore_result"),
+    *("pk", "step__name", "status", "step__priority", "step__gate"),
+    Coalesce("step__is_forgiven", "step__ignore_result"),
     *("func_name", "duration", "started", "error"),
 )
 _GROUP = ("priority", "gate__rank", "task__func_name")

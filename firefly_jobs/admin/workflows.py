@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.admin.views.main import ChangeList
-from django.db import IntegrityError
 from django.db.models import OuterRef, QuerySet, Subquery
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.loader import render_to_string
@@ -20,6 +19,7 @@ from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
 from firefly_jobs.databases.functions import DatabaseNow
+from firefly_jobs.exceptions import TaskAlreadyScheduled
 from firefly_jobs.models import TaskModel, WorkflowModel
 from firefly_jobs.runs import ignored_failures_of
 from firefly_jobs.states import WorkflowStatus
@@ -209,13 +209,13 @@ class WorkflowAdmin(ReadOnly, _ModelAdmin):
             try:
                 if verb(run):
                     changed.append(run)
-            except IntegrityError:
-                taken.append(run)
+            except TaskAlreadyScheduled as error:
+                taken.append((run, error))
         if changed:
             LogEntry.objects.log_actions(request.user.pk or 0, changed, CHANGE, note)
-        for run in taken:
-            text = _("{workflow} was left as it is: another task has the unique key of a step.")
-            self.message_user(request, text.format(workflow=run), messages.ERROR)
+        for run, reason in taken:
+            text = _("{workflow} was left as it is. {reason}")
+            self.message_user(request, text.format(workflow=run, reason=reason), messages.ERROR)
         return len(changed), len(runs) - len(changed) - len(taken)
 
     def _back(self, request: HttpRequest) -> HttpResponse | None:

@@ -33,18 +33,14 @@ class Completion(NamedTuple):
     is_limited: bool = False
     workflow: int | None = None
     schedule: int | None = None
+    func_name: str = ""
 
     @classmethod
     def of(cls, claim: Claim, duration: float, returned: str) -> Self:
         """Return the settling of a claim whose call returned."""
         return cls(
-            claim.id,
-            claim.fence,
-            duration,
-            returned,
-            claim.is_limited,
-            claim.workflow,
-            claim.schedule,
+            *(claim.id, claim.fence, duration, returned, claim.is_limited),
+            *(claim.workflow, claim.schedule, claim.func_name),
         )
 
     @property

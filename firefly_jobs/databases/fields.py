@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from django.db import models
 
 if TYPE_CHECKING:
-    _TextField = models.CharField[str | None, str | None]
+    _TextField = models.CharField[str | None, Any]
     _JSONField = models.JSONField[Any, Any]
     _Lookup = models.Lookup[Any]
 else:
@@ -19,7 +19,7 @@ class ExactCharField(_TextField):
     """Text that is equal only to itself.
 
     MySQL and MariaDB compare text without regard to case or accents unless told otherwise,
-    and two keys that differ in case would be one there and two elsewhere.
+    and two keys or names that differ in case would be one there and two elsewhere.
     """
 
     def db_parameters(self, connection: Any) -> Any:
@@ -27,7 +27,7 @@ class ExactCharField(_TextField):
         found = super().db_parameters(connection)
         if connection.vendor == "mysql":
             # Present on both, in every version.  It ignores trailing spaces, as all of
-            # the old collations do; so keys must not have any, see options.check_key.
+            # the old collations do; so keys and names must not have any, see options.
             found["collation"] = "utf8mb4_bin"
         return found
 

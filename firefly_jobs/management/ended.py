@@ -16,6 +16,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import Error
 from django.db.models import Max, QuerySet
 
+from firefly_jobs import lifecycle, pruning
 from firefly_jobs.consumer_options import ALL_QUEUES
 from firefly_jobs.databases.functions import SecondsFromNow
 from firefly_jobs.exceptions import DELAY_SECONDS_MAX
@@ -47,6 +48,9 @@ class EndedTasksCommand(BaseCommand):
         """Change one batch in a transaction of its own; return how many rows changed."""
         raise NotImplementedError
 
+    def follow_up(self, using: str, options: dict[str, Any]) -> None:
+        """Do what follows once all batches are done."""
+
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Declare the options."""
         parser.add_argument(
@@ -77,6 +81,7 @@ class EndedTasksCommand(BaseCommand):
                 self.stdout.write(f"{_tasks(rows.count(), self.status)} would be {self.done}.")
             else:
                 self._change_all(rows, using, is_verbose=options["verbosity"] > 1)
+            self.follow_up(using, options)
         except Error as error:
             message = f"Database {using!r}: {str(error).strip()}"
             raise CommandError(message) from error
@@ -97,7 +102,7 @@ class EndedTasksCommand(BaseCommand):
     def _change_all(self, rows: QuerySet[TaskModel], using: str, *, is_verbose: bool) -> None:
         found = changed = 0
         try:
-            for ids in _batches(rows):
+            for ids in _batches(rows, BATCH_SIZE):
                 found += len(ids)
                 changed += self.change(ids, using=using)
                 if is_verbose:
@@ -109,11 +114,38 @@ class EndedTasksCommand(BaseCommand):
             self.stdout.write(f"{found - changed:,} {self.reasons} and stay as they are.")
 
 
-def _batches(rows: QuerySet[TaskModel]) -> Iterator[list[int]]:
-    last = TaskModel.objects.using(rows.db).aggregate(last=Max("pk"))["last"] or 0
+class DeletingCommand(EndedTasksCommand):
+    """Delete tasks, and then the workflows that are empty."""
+
+    done = "deleted"
+
+    def change(self, ids: Sequence[int], *, using: str) -> int:
+        """Delete one batch."""
+        return lifecycle.delete(ids, using=using)
+
+    def follow_up(self, using: str, options: dict[str, Any]) -> None:
+        """Delete workflows that have ended and have no task left; say how many if there are any."""
+        age = options["older_than"]
+        seconds = None if age is None else age.total_seconds()
+        empty = pruning.empty_workflows(using=using, older_than_seconds=seconds)
+        if options["dry_run"]:
+            if count := empty.count():
+                self.stdout.write(f"{_workflows(count)} without tasks would be deleted.")
+            return
+        deleted = 0
+        try:
+            for ids in _batches(empty, pruning.BATCH_SIZE):
+                deleted += pruning.delete_workflows(ids, using=using)
+        finally:
+            if deleted:
+                self.stdout.write(f"{_workflows(deleted)} without tasks {_were(deleted)} deleted.")
+
+
+def _batches(rows: QuerySet[Any], size: int) -> Iterator[list[int]]:
+    last = rows.model.objects.using(rows.db).aggregate(last=Max("pk"))["last"] or 0
     after = 0
     while True:
-        batch = rows.filter(pk__gt=after, pk__lte=last).order_by("pk")[:BATCH_SIZE]
+        batch = rows.filter(pk__gt=after, pk__lte=last).order_by("pk")[:size]
         ids = list(batch.values_list("pk", flat=True))
         if not ids:
             return
@@ -123,6 +155,10 @@ def _batches(rows: QuerySet[TaskModel]) -> Iterator[list[int]]:
 
 def _tasks(count: int, status: Status) -> str:
     return f"{count:,} {status.value} task{'' if count == 1 else 's'}"
+
+
+def _workflows(count: int) -> str:
+    return f"{count:,} workflow{'' if count == 1 else 's'}"
 
 
 def _were(count: int) -> str:

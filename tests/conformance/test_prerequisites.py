@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from django.db import DatabaseError
 
-from firefly_jobs import Workflow, dependencies, leases, lifecycle, task
+from firefly_jobs import Workflow, leases, lifecycle, rebuilding, task
 from firefly_jobs.attempts import Ended, Settlement
 from firefly_jobs.exceptions import LaneTimeoutError
 from firefly_jobs.hooks import FailedStep, TaskHooks
@@ -133,6 +133,22 @@ def test_a_step_that_was_stopped_runs_again_though_its_result_was_ignored():
 
     assert run.retry_failed() == 2
     assert states(run) == {"first": "created", "second": "blocked"}
+
+
+@pytest.mark.parametrize("ignore_result", [False, True])
+def test_an_answer_is_about_one_failure(ignore_result):
+    answers = ["stop", None]
+    job = failing(on_prerequisite_failure=lambda run, failed: answers.pop(0))
+    run = run_of(job, ignore_result=ignore_result)
+    assert states(run) == STOPS
+
+    assert run.retry_failed() == 2
+    run_burst()
+    run.refresh_from_db()
+
+    assert states(run) == (GOES_ON if ignore_result else STOPS)
+    assert run.status == ("completed" if ignore_result else "failed")
+    assert run.ignored_failures == (["first"] if ignore_result else [])
 
 
 def test_what_was_forgiven_stays_so_when_the_rows_are_read_again():
@@ -317,7 +333,7 @@ def test_the_answer_is_written_only_by_who_holds_the_step():
     )
 
     assert lifecycle.settle_many([settlement], using="default", consumer=1) == []
-    assert not WorkflowStep.objects.get(name="first").ignore_result
+    assert WorkflowStep.objects.get(name="first").is_forgiven is None
 
 
 @pytest.mark.parametrize(
@@ -342,7 +358,7 @@ def test_an_ignored_failure_without_hooks_is_an_event_too(jobs):
 
 def test_a_sweep_asks_nobody_and_keeps_the_answer():
     run = run_of(failing(on_prerequisite_failure=answering("continue")))
-    dependencies.sweep(using="default")
+    rebuilding.sweep(using="default")
     run.refresh_from_db()
 
     assert run.status == "completed"

@@ -95,6 +95,33 @@ def test_a_loss_while_a_call_is_waited_for_does_not_make_it_again(unserved):
     assert (row.status, outcomes(row)) == ("completed", ["snoozed", "lost"])
 
 
+def test_looks_that_find_nothing_new_are_no_events(unserved, settings):
+    settings.FIREFLY_JOBS = {**settings.FIREFLY_JOBS, "KEEP_EVENTS": True}
+    row = CeleryJob("tests.add", [1]).schedule()
+    handed_over = look(row)
+    assert look(row) == look(row) == handed_over
+    ends(unserved, handed_over, row, "of the call")
+    run_burst()
+
+    attempt = ["claimed", "started"]
+    found = list(row.events.all())
+    assert [e.kind for e in found] == [
+        *("scheduled", *attempt, "snoozed"),
+        *(*attempt, "completed"),
+    ]
+    assert all(e.consumer is not None for e in found[1:])
+    assert max(found[1].at, found[2].at) <= found[3].at
+
+
+def test_the_loss_of_a_look_is_an_event(unserved, settings):
+    settings.FIREFLY_JOBS = {**settings.FIREFLY_JOBS, "KEEP_EVENTS": True}
+    row = CeleryJob("tests.add", [1]).schedule()
+    lost = decide_rescued(claim_one(), was_alone=False, consumer="c", max_rescues=3)
+    lifecycle.settle(lost, using="default", consumer=7)
+
+    assert [e.kind for e in row.events.all()] == ["scheduled", "claimed", "rescued"]
+
+
 @pytest.mark.parametrize("word", ["concurrency", "rate_limit"])
 @pytest.mark.parametrize(
     "make",

@@ -11,10 +11,18 @@ from django.core.management import CommandError, call_command
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from firefly_jobs import lifecycle
+from firefly_jobs import Workflow, lifecycle, pruning
 from firefly_jobs.databases.functions import SecondsFromNow
-from firefly_jobs.models import TaskAttempt, TaskModel
+from firefly_jobs.models import (
+    TaskAttempt,
+    TaskModel,
+    WorkflowEdge,
+    WorkflowGate,
+    WorkflowModel,
+    WorkflowStep,
+)
 from firefly_jobs.states import Status
+from tests.testapp.tasks import echo
 
 DELETE_COMPLETED = "delete_completed_tasks"
 DELETE_FAILED = "delete_failed_tasks"
@@ -255,6 +263,102 @@ def test_exit_code_tells_success_error_and_usage(arguments, code, tmp_path):
 
     assert finished.returncode == code, finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def workflow(
+    name: str, status: str = "completed", *, tasks: str = "completed", **age: int
+) -> WorkflowModel:
+    """Write a workflow of two levels, as consumers leave it that long after its end."""
+    wf = Workflow(name, on_failure=echo)
+    first = wf.add(echo, name="first", priority=1)
+    wf.add(echo, name="second", depends_on=[first, wf.add(echo, name="beside", priority=1)])
+    run = wf.schedule()
+    ago = SecondsFromNow(-timedelta(**age).total_seconds())
+    run.tasks.update(status=tasks, completed=ago, failed=ago)
+    ended = None if status == "running" else ago
+    WorkflowModel.objects.filter(pk=run.pk).update(status=status, ended=ended)
+    return run
+
+
+def all_that_is_left() -> list[str]:
+    """Return the names of the workflows that are there, once each table has been looked at."""
+    for model in (WorkflowGate, WorkflowStep):
+        assert set(model.objects.values_list("workflow__name", flat=True)) <= set(
+            WorkflowModel.objects.values_list("name", flat=True)
+        )
+    gates = set(WorkflowGate.objects.values_list("pk", flat=True))
+    assert set(WorkflowEdge.objects.values_list("gate", flat=True)) <= gates
+    return sorted(WorkflowModel.objects.values_list("name", flat=True))
+
+
+def test_workflows_of_which_no_task_is_left_go_with_their_gates():
+    workflow("done", days=8)
+    workflow("failed", "failed", days=8)
+    workflow("young", days=1)
+    workflow("runs", "running", days=8)
+    partly = workflow("partly", days=8)
+    TaskModel.objects.filter(pk=partly.on_failure or 0).update(status="cancelled")
+
+    assert run(DELETE_COMPLETED, "--older-than", "7d") == (
+        "11 completed tasks were deleted.\n"
+        "4 changed meanwhile, or were locked, and stay as they are.\n"
+        "2 workflows without tasks were deleted.\n"
+    )
+    assert all_that_is_left() == ["partly", "runs", "young"]
+    assert WorkflowGate.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "command"), [("completed", DELETE_COMPLETED), ("failed", DELETE_FAILED)]
+)
+def test_both_commands_delete_workflows_and_a_dry_run_only_counts_them(tasks, command):
+    workflow("done", tasks=tasks)
+    workflow("before", tasks=tasks)
+    TaskModel.objects.filter(workflow__name="before").delete()
+
+    assert run(command, "--dry-run") == (
+        f"4 {tasks} tasks would be deleted.\n1 workflow without tasks would be deleted.\n"
+    )
+    assert all_that_is_left() == ["before", "done"]
+    assert run(command, "--queue", "default").splitlines() == [
+        f"4 {tasks} tasks were deleted.",
+        "2 workflows without tasks were deleted.",
+    ]
+    assert all_that_is_left() == []
+    assert not WorkflowEdge.objects.exists()
+    assert run(command) == f"0 {tasks} tasks were deleted.\n"
+
+
+def test_reviving_tasks_deletes_no_workflow():
+    workflow("done")
+    TaskModel.objects.all().delete()
+
+    assert run(REVIVE) == "0 failed tasks were made due again.\n"
+    assert all_that_is_left() == ["done"]
+
+
+@pytest.mark.django_db(transaction=True)
+def test_workflows_are_deleted_in_batches_and_looked_at_once_more(monkeypatch):
+    monkeypatch.setattr("firefly_jobs.pruning.BATCH_SIZE", 2)
+    for n in range(5):
+        workflow(f"w{n}")
+    TaskModel.objects.exclude(workflow__name="w3").delete()
+    TaskModel.objects.filter(workflow__name="w3").update(status="cancelled")
+    batches = []
+    delete = pruning.delete_workflows
+
+    def delete_while_one_runs_again(ids, *, using):
+        assert not connection.in_atomic_block
+        batches.append(len(ids))
+        # As retry_failed() would.
+        WorkflowModel.objects.filter(name="w4").update(status="running")
+        return delete([*ids, WorkflowModel.objects.get(name="w3").pk], using=using)
+
+    monkeypatch.setattr(pruning, "delete_workflows", delete_while_one_runs_again)
+
+    assert "3 workflows without tasks were deleted." in run(DELETE_COMPLETED)
+    assert batches == [2, 1]
+    assert all_that_is_left() == ["w3", "w4"]
 
 
 @pytest.mark.django_db(transaction=True)

@@ -410,11 +410,15 @@ def test_a_workflow_whose_key_is_taken_is_left_and_others_run_again(operator):
     keyed = wf.schedule()
     TaskModel.objects.filter(workflow=keyed).update(status=Status.FAILED, active_key=None)
     WorkflowModel.objects.filter(pk=keyed.pk).update(status=WorkflowStatus.FAILED)
-    call().with_unique_key("once").schedule()
+    holder = call().with_unique_key("once").schedule()
     broken = failed_run()
+    reason = (
+        f"Step 'echo' of workflow {keyed.pk} cannot run again: its unique key 'once' belongs to "
+        f"task {holder.pk} ({holder.func_name}) by now, which is created. Nothing was changed."
+    )
 
     assert act(operator, "retry_failed", keyed, broken) == [
-        f"keyed #{keyed.pk} was left as it is: another task has the unique key of a step.",
+        f"keyed #{keyed.pk} was left as it is. {reason}",
         "1 workflow runs again.",
     ]
     keyed.refresh_from_db()

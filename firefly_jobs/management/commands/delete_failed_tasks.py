@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from firefly_jobs import lifecycle
-from firefly_jobs.management.ended import EndedTasksCommand
+from firefly_jobs.management.ended import DeletingCommand
 from firefly_jobs.states import Status
 
 
-class Command(EndedTasksCommand):
+class Command(DeletingCommand):
     """Delete failed rows with their history."""
 
-    help = "Delete failed tasks and their history."
+    help = "Delete failed tasks with their history, and workflows of which no task is left."
     status = Status.FAILED
     moment = "failed"
-    done = "deleted"
-
-    def change(self, ids: Sequence[int], *, using: str) -> int:
-        """Delete one batch."""
-        return lifecycle.delete(ids, using=using)
