@@ -80,9 +80,10 @@ def sweep(*, using: str) -> int:
     count = 0
     for workflow in list(still.values_list("pk", flat=True)[:SWEEP_MAX]):
         with databases.of(using).own_transaction(connections[using]):
-            list(_locked(workflow, using).values_list("pk"))
             walk = _Rebuilding(workflow, using)
+            # In this order, as who cuts a workflow short writes so into its row.
             walk.lock_gates()
+            list(_locked(workflow, using).values_list("pk"))
             if still.filter(pk=workflow).exists():
                 walk.rebuild()
                 count += 1

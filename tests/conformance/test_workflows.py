@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 from queue import SimpleQueue
 from typing import Any
 
@@ -17,6 +18,7 @@ from firefly_jobs import (
     chord,
     current_task,
     databases,
+    dependencies,
     group,
     lifecycle,
     rebuilding,
@@ -24,7 +26,9 @@ from firefly_jobs import (
 )
 from firefly_jobs.databases import Completion, Database
 from firefly_jobs.databases.functions import Isolation
+from firefly_jobs.dependencies import End, Walk
 from firefly_jobs.models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowStep
+from firefly_jobs.states import Status
 from tests.conformance import tasks
 from tests.conformance.support import (
     analyze,
@@ -967,6 +971,48 @@ def test_a_workflow_that_stands_still_is_let_go_on(caplog):
     run_burst()
     assert ended(run) == ("completed", "")
     assert rebuilding.sweep(using="default") == 0
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+@pytest.mark.parametrize("act", ["cancel", "fail"])
+def test_a_sweep_meets_who_cuts_a_workflow_short_and_waits_for_its_end(act, monkeypatch):
+    wf = Workflow("meets")
+    a = wf.add(failing("a"))
+    wf.add(call("b"), depends_on=a)
+    run = wf.schedule()
+    (held,) = claim()
+    # As if its consumer had been forgotten: nothing moves, so a sweep looks at it.
+    TaskModel.objects.filter(pk=held.id).update(status="blocked")
+    sessions: SimpleQueue[int] = SimpleQueue()
+    sweeping: list[Concurrent[int]] = []
+    lock_gates = Walk.lock_gates
+
+    def sweep():
+        connection.ensure_connection()
+        sessions.put(session_id(connection))
+        return rebuilding.sweep(using="default")
+
+    def lock_and_let_a_sweep_come(walk):
+        found = lock_gates(walk)
+        if threading.current_thread() is threading.main_thread():
+            sweeping.append(Concurrent(sweep))
+            session = sessions.get(timeout=10)
+            eventually(lambda: assert_waits_for_lock(session))
+        return found
+
+    monkeypatch.setattr(Walk, "lock_gates", lock_and_let_a_sweep_come)
+    if act == "cancel":
+        assert run.cancel()
+    else:
+        with transaction.atomic():
+            failed = End(held.id, run.pk, Status.FAILED, "ValueError: a")
+            TaskModel.objects.filter(pk=held.id).update(status="failed")
+            dependencies.follow([failed], using="default")
+
+    # One try each: nobody was the victim of a deadlock.
+    assert [one.result() for one in sweeping] == [0]
+    assert ended(run)[0] == {"cancel": "cancelled", "fail": "failed"}[act]
 
 
 def test_a_picture():
