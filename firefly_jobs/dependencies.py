@@ -241,15 +241,8 @@ class Walk:
     def _cancel(self, ids: Sequence[int], error: str) -> None:
         """Cancel those of some steps that have not started; they count as ended."""
         for start in range(0, len(ids), _BATCH):
-            rows = TaskModel.objects.using(self._using).filter(
-                pk__in=ids[start : start + _BATCH], status__in=_WAITING
-            )
-            # Whoever has locked a row at this moment claims it, or even ends it and waits for
-            # one of our gates: it has started.
-            locked = rows.order_by("pk").select_for_update(
-                skip_locked=self._database.can_skip_locked
-            )
-            found = list(locked.values_list("pk", "limit_key", "fence"))
+            found = self._lock_not_started(ids[start : start + _BATCH])
+            rows = TaskModel.objects.using(self._using).filter(status__in=_WAITING)
             cancelled = [pk for pk, _, _ in found]
             if any(fence for _, _, fence in found):
                 note_withdrawn(rows.filter(pk__in=cancelled), error, using=self._using)
@@ -263,6 +256,25 @@ class Walk:
             self._cancelled += cancelled
             events.told(cancelled, EventKind.CANCELLED, error, using=self._using)
             self._arrive(dict.fromkeys(cancelled, Status.CANCELLED), ())
+
+    def _lock_not_started(self, ids: Sequence[int]) -> list[tuple[int, str | None, int]]:
+        """Lock those of some steps that have not started; return their ids, lines and fences."""
+        rows = TaskModel.objects.using(self._using).filter(pk__in=ids, status__in=_WAITING)
+        # Whoever has locked a row at this moment claims it, or even ends it and waits for one of
+        # our gates: it has started.
+        locked = rows.order_by("pk").select_for_update(skip_locked=self._database.can_skip_locked)
+        found = list(locked.values_list("pk", "limit_key", "fence"))
+        if len(found) == len(ids):
+            return found
+        # But not if it waits at a gate, which we hold.  Nobody would come back for it; whoever
+        # has locked it adds a step behind it, or is a person.  Looked for without locks, as
+        # those that run would be waited for as well.
+        waiting = rows.filter(status=Status.BLOCKED, limit_key=None)
+        missed = waiting.exclude(pk__in=[pk for pk, _, _ in found])
+        if left := list(missed.values_list("pk", flat=True)):
+            locked = rows.filter(pk__in=left).order_by("pk").select_for_update()
+            found += locked.values_list("pk", "limit_key", "fence")
+        return found
 
     # --- stopping and ending
 

@@ -24,6 +24,7 @@ from firefly_jobs import (
     rebuilding,
     task,
 )
+from firefly_jobs.attempts import Outcome, decide
 from firefly_jobs.databases import Completion, Database
 from firefly_jobs.databases.functions import Isolation
 from firefly_jobs.dependencies import End, Walk
@@ -1013,6 +1014,42 @@ def test_a_sweep_meets_who_cuts_a_workflow_short_and_waits_for_its_end(act, monk
     # One try each: nobody was the victim of a deadlock.
     assert [one.result() for one in sweeping] == [0]
     assert ended(run)[0] == {"cancel": "cancelled", "fail": "failed"}[act]
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+def test_what_waits_is_cancelled_though_somebody_has_locked_it_at_that_moment():
+    wf = Workflow("locked")
+    a = wf.add(failing("a"))
+    b = wf.add(call("b"), depends_on=a)
+    wf.add(call("c"), depends_on=b)
+    wf.add(call("tidy"), depends_on=b, when="always")
+    wf.add(call("beside").with_queue("never"))
+    run = wf.schedule()
+    (held,) = claim()
+    settlement = decide(Outcome(claim=held, duration=0.1, error=ValueError("a")), max_rescues=3)
+
+    locked = TaskModel.objects.get(step__name="b")
+    sessions: SimpleQueue[int] = SimpleQueue()
+
+    def settle():
+        connection.ensure_connection()
+        sessions.put(session_id(connection))
+        lifecycle.settle(settlement, using="default", consumer=1)
+
+    def waits_or_has_gone_on():
+        if ending.is_running:
+            assert_waits_for_lock(session)
+
+    with transaction.atomic():
+        TaskModel.objects.select_for_update().get(pk=locked.pk)
+        ending = Concurrent(settle)
+        session = sessions.get(timeout=10)
+        eventually(waits_or_has_gone_on)
+
+    ending.result()
+    expected = dict.fromkeys(("b", "c", "beside"), "cancelled")
+    assert states(run) == expected | {"a": "failed", "tidy": "created"}
 
 
 def test_a_picture():
