@@ -204,6 +204,9 @@ class _Rebuilding(Walk):
             if not counts[gate]:
                 # All that counted there was deleted, and nobody else would open it.
                 self._pending[rank][gate] = (0, False)
+        deleted = edges.filter(step=None, source=None)
+        for gate, rank in deleted.values_list("gate", "gate__rank"):
+            self._count(rank, gate, is_met=False)
         for count, ids in by_count.items():
             # A gate that has nothing left to count keeps what it was told before.
             told: dict[str, Any] = {"is_unmet": False} if count else {}

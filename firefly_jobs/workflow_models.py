@@ -18,7 +18,7 @@ from .databases.functions import DatabaseNow
 from .event_models import TaskEvent
 from .graphs import When
 from .options import LABEL_LENGTH_MAX
-from .states import WorkflowStatus
+from .states import TERMINAL, Status, WorkflowStatus
 
 if TYPE_CHECKING:
     from .models import TaskModel
@@ -232,12 +232,37 @@ class WorkflowStep(models.Model):
 IS_IGNORED = Coalesce("is_forgiven", "ignore_result")
 
 
+def keep_what_was_not_met(collector: Any, field: Any, sub_objs: Any, using: str) -> None:
+    """Delete the edges of steps that are deleted, but of those that did not end as was asked.
+
+    For ``on_delete``.  Those are kept without their step: should the workflow run again, who
+    waits for that must not run.  One that has completed never does.
+    """
+    ended = sub_objs.filter(step__task__status__in=TERMINAL).exclude(
+        step__workflow__status=WorkflowStatus.COMPLETED
+    )
+    is_ignored = Coalesce("step__is_forgiven", "step__ignore_result")
+    unmet = {
+        pk
+        for pk, when, status, ignored in ended.values_list(
+            "pk", "when", "step__task__status", is_ignored
+        )
+        if not When(when).is_met(Status(status), is_ignored=ignored)
+    }
+    if unmet:
+        models.SET_NULL(collector, field, sub_objs.filter(pk__in=unmet), using)
+    models.CASCADE(collector, field, sub_objs.exclude(pk__in=unmet), using)
+
+
 class WorkflowEdge(models.Model):
-    """That the end of a step, or the opening of a gate, counts at a gate."""
+    """That the end of a step, or the opening of a gate, counts at a gate.
+
+    Without either: a step that has been deleted, and had not ended as was asked there.
+    """
 
     id: models.BigAutoField[int, int] = models.BigAutoField(primary_key=True)
     step = models.ForeignKey(
-        WorkflowStep, on_delete=models.CASCADE, related_name="edges", null=True, blank=True
+        WorkflowStep, on_delete=keep_what_was_not_met, related_name="edges", null=True, blank=True
     )
     source = models.ForeignKey(
         WorkflowGate, on_delete=models.CASCADE, related_name="edges", null=True, blank=True
@@ -246,4 +271,4 @@ class WorkflowEdge(models.Model):
     when = models.CharField(max_length=8, choices=[(w.value, w.value) for w in When])
 
     def __str__(self) -> str:
-        return f"{self.step or self.source} counts at {self.gate}"
+        return f"{self.step or self.source or 'a deleted step'} counts at {self.gate}"

@@ -941,6 +941,57 @@ def test_what_failed_is_run_again_though_those_before_it_were_deleted():
     assert ended(run)[0] == "failed"
 
 
+@pytest.mark.parametrize(
+    "delete",
+    [
+        lambda pk: lifecycle.delete([pk], using="default"),
+        lambda pk: TaskModel.objects.filter(pk=pk).delete(),
+    ],
+    ids=["pruned", "by hand"],
+)
+def test_what_asks_for_the_success_of_a_deleted_step_does_not_run(delete):
+    wf = Workflow("pruned")
+    good, bad = wf.add(call("good")), wf.add(call("bad"))
+    flaky = wf.add(failing("flaky"), depends_on=good)
+    wf.add(call("behind"), depends_on=[good, bad])
+    wf.add(call("sorry"), depends_on=[good.when("failure"), bad.when("always")])
+    wf.add(call("tidy"), depends_on=[bad.when("always"), flaky.when("always")])
+    run = wf.schedule()
+    deleted = TaskModel.objects.get(step__name="bad")
+    assert deleted.cancel()
+    run_burst()
+    run.refresh_from_db()
+    assert run.status == "failed"
+    delete(deleted.pk)
+
+    assert run.retry_failed() == 3
+    assert states(run) == {
+        "good": "completed",
+        "flaky": "created",
+        "behind": "cancelled",
+        "sorry": "cancelled",
+        "tidy": "completed",
+    }
+    run_burst()
+    assert ran == ["good", "flaky", "tidy", "flaky"]
+    assert ended(run)[0] == "failed"
+    run.tasks.all().delete()
+    run.delete()
+    assert not WorkflowEdge.objects.exists()
+
+
+def test_deleted_steps_of_what_cannot_run_again_leave_nothing_behind():
+    wf = Workflow("done")
+    wf.add(call("sorry"), depends_on=wf.add(call("a")), when="failure")
+    run = wf.schedule()
+    run_burst()
+    assert ended(run)[0] == "completed"
+
+    lifecycle.delete(list(run.tasks.values_list("pk", flat=True)), using="default")
+
+    assert not WorkflowEdge.objects.exists()
+
+
 def test_a_sweep_lets_go_or_ends_what_only_deleted_rows_could():
     still = chain(call("a"), call("b")).schedule()
     empty = chain(call("c"), call("d")).schedule()
