@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
@@ -54,14 +53,29 @@ class RegisteredJobsMixin:
         admin_site: Any
         opts: Any
 
-    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
+        get_action: Any
+
+    def get_actions(self, request: HttpRequest, action_location: Any = None) -> dict[str, Any]:
         """Add the jobs that this user may start."""
-        actions: dict[str, Any] = super().get_actions(request)  # type: ignore[misc]
+        # Django 6.1 and later say where the actions are offered.
+        words = {} if action_location is None else {"action_location": action_location}
+        actions: dict[str, Any] = super().get_actions(request, **words)  # type: ignore[misc]
         kind = self.job_data_type or self.model._meta.model_name
         for job in registered_jobs(request.user, kind):
-            name = f"{PREFIX}{job.task_name}"
-            actions[name] = (partial(_start, job=job), name, _("Start: %s") % job.name)
+            action = self.get_action(_action(job), **words)
+            if action is not None:
+                actions[f"{PREFIX}{job.task_name}"] = action
         return actions
+
+
+def _action(job: RegisteredJob) -> Any:
+    def action(model_admin: Any, request: HttpRequest, queryset: QuerySet[Any]) -> Any:
+        return _start(model_admin, request, queryset, job=job)
+
+    action.__name__ = f"{PREFIX}{job.task_name}"
+    # Django fills in the names of the model.
+    text = (_("Start: %s") % job.name).replace("%", "%%")
+    return admin.action(description=text)(action)
 
 
 def _start(

@@ -97,9 +97,11 @@ class ScheduleAdmin(_ModelAdmin):
         may = super().has_delete_permission(request, obj)
         return may and (obj is None or not obj.owner or obj.is_retired)
 
-    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
+    def get_actions(self, request: HttpRequest, action_location: Any = None) -> dict[str, Any]:
         """Delete one at a time, since some may not be."""
-        found = super().get_actions(request)
+        # Django 6.1 and later say where the actions are offered.
+        words = {} if action_location is None else {"action_location": action_location}
+        found: dict[str, Any] = super().get_actions(request, **words)
         found.pop("delete_selected", None)
         return found
 
