@@ -1,66 +1,91 @@
 """When something recurs: at an interval or by a cron expression, and what is due by now.
 
 Pure rules; the rows are ``firing``'s.
+
+To add a kind of recurrence: a frozen value with the methods of :class:`Interval`, a name in
+``Recurrence``, and a case in ``tests/unit/test_recurrence.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
-from .conf import DURATION_SECONDS_MAX
-from .cron import Cron
+from .conf import DURATION_SECONDS_MAX, seconds
+from .cron import Cron, first_of, in_utc
 
 SECONDS_MIN = 1.0
 # What is skipped if it was missed: what is later than this.
 GRACE_SECONDS = 60.0
-_MICROSECOND = timedelta(microseconds=1)
+MISFIRES = ("all", "once", "skip")
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Recurs every so many seconds, counted from an anchor, whatever clocks are set to.
+    """Recurs every so many seconds, before and after an anchor, whatever clocks are set to.
 
     Args:
-        seconds: 1 or more; a fraction has whole microseconds.
+        seconds: 1 or more, rounded to whole microseconds; or a ``timedelta``.
         anchor: An aware moment; an occurrence itself.
 
     Raises:
-        ValueError: If the number is out of range.
+        ValueError: If the number is out of range, or the anchor is not aware.
     """
 
-    seconds: float
+    seconds: float | timedelta
     anchor: datetime
 
     def __post_init__(self) -> None:
-        number: Any = self.seconds
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not SECONDS_MIN <= number <= DURATION_SECONDS_MAX:
+        given: Any = self.seconds
+        is_number = isinstance(given, int | float | timedelta) and not isinstance(given, bool)
+        if not is_number or not SECONDS_MIN <= seconds(given) <= DURATION_SECONDS_MAX:
             message = (
                 f"An interval must be {SECONDS_MIN:g} to {DURATION_SECONDS_MAX} seconds, or a "
-                f"timedelta, got {number!r}. What is to run more often is a loop in a task."
+                f"timedelta, got {given!r}. What is to run more often is a loop in a task."
             )
             raise ValueError(message)
+        object.__setattr__(self, "seconds", seconds(given))
+        object.__setattr__(self, "anchor", in_utc(self.anchor, word="The anchor of an interval"))
 
     @property
     def _step(self) -> timedelta:
-        return timedelta(seconds=self.seconds)
+        return timedelta(seconds=seconds(self.seconds))
+
+    def following(self, moment: datetime) -> Iterator[datetime]:
+        """Yield the occurrences after an aware moment, in UTC, as far as the calendar goes."""
+        return self._from(self._number(moment) + 1)
 
     def next_after(self, moment: datetime) -> datetime:
-        """Return the first occurrence after an aware moment, in UTC."""
-        return self.upcoming(moment, 1)[0]
+        """Return the first occurrence after an aware moment, in UTC.
+
+        Raises:
+            ValueError: If the calendar, which ends with the year 9999, has none.
+        """
+        return first_of(self.following(moment), moment)
 
     def upcoming(self, moment: datetime, count: int) -> list[datetime]:
-        """Return the ``count`` occurrences after an aware moment, in UTC."""
-        anchor = self.anchor.astimezone(UTC)
-        number = (moment.astimezone(UTC) - anchor) // self._step + 1
-        return [anchor + (number + n) * self._step for n in range(count)]
+        """Return the first ``count`` occurrences after an aware moment, in UTC."""
+        return list(islice(self.following(moment), count))
 
-    def latest_until(self, moment: datetime) -> datetime:
-        """Return the last occurrence at or before an aware moment, in UTC."""
-        return self.next_after(moment) - self._step
+    def latest_until(self, moment: datetime) -> datetime | None:
+        """Return the last occurrence at or before an aware moment, in UTC, if there is one."""
+        return next(self._from(self._number(moment)), None)
+
+    def _number(self, moment: datetime) -> int:
+        """Return which occurrence is the last at or before a moment; the anchor is number 0."""
+        return (in_utc(moment) - self.anchor) // self._step
+
+    def _from(self, number: int) -> Iterator[datetime]:
+        step = self._step
+        for place in count(number):
+            try:
+                yield self.anchor + place * step
+            except OverflowError:  # the last or the first year
+                return
 
 
 Recurrence = Cron | Interval
@@ -95,26 +120,43 @@ def due(
         ends: After this moment nothing fires; at it, something does.
         limit: How many of ``"all"`` at most; the rest are due at the next look.
         grace_seconds: How late is missed.
+
+    Raises:
+        ValueError: If a moment is not aware, or there is no such ``misfire`` or ``limit``.
     """
-    if next_run > now:
-        return Due((), _until(next_run, ends))
+    if misfire not in MISFIRES or limit < 1:
+        message = (
+            f"misfire must be one of {', '.join(map(repr, MISFIRES))}, and limit 1 or more, got "
+            f"{misfire!r} and {limit!r}."
+        )
+        raise ValueError(message)
+    next_run, now = in_utc(next_run, word="next_run"), in_utc(now, word="now")
+    ends = None if ends is None else in_utc(ends, word="ends")
     last = now if ends is None else min(now, ends)
     if next_run > last:
-        return Due((), None)
+        return Due((), next_run if ends is None or next_run <= ends else None)
     if misfire == "all":
-        found = [next_run]
-        while len(found) <= limit and found[-1] <= last:
-            found.append(recurrence.next_after(found[-1]))
-        *fires, following = found
-        return Due(tuple(fires), _until(following, ends))
-    # Where a person has moved it, the first one may be off the beat.
-    latest = max(recurrence.latest_until(last) or next_run, next_run)
-    is_late = misfire == "skip" and (now - latest).total_seconds() > grace_seconds
-    return Due(() if is_late else (latest,), _until(recurrence.next_after(now), ends))
+        fires, later = _first(recurrence, next_run, last, limit)
+    else:
+        # Where a person has moved it, the first one may be off the beat.
+        latest = max(recurrence.latest_until(last) or next_run, next_run)
+        is_late = misfire == "skip" and (now - latest).total_seconds() > grace_seconds
+        fires = () if is_late else (latest,)
+        later = next(recurrence.following(now), None)
+    is_over = later is None or (ends is not None and later > ends)
+    return Due(fires, None if is_over else later)
 
 
-def _until(moment: datetime, ends: datetime | None) -> datetime | None:
-    return moment if ends is None or moment <= ends else None
+def _first(
+    recurrence: Recurrence, start: datetime, last: datetime, limit: int
+) -> tuple[tuple[datetime, ...], datetime | None]:
+    """Return ``start`` and what comes after it, up to ``last``, and the one after these."""
+    fires: list[datetime] = []
+    for moment in chain((start,), recurrence.following(start)):
+        if moment > last or len(fires) == limit:
+            return tuple(fires), moment
+        fires.append(moment)
+    return tuple(fires), None
 
 
 def jitter_seconds(key: str, occurrence: datetime, jitter: float) -> float:
@@ -124,4 +166,5 @@ def jitter_seconds(key: str, occurrence: datetime, jitter: float) -> float:
     """
     text = f"{key}:{occurrence.astimezone(UTC).isoformat()}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return jitter * (int.from_bytes(digest, "big") / 2**64)
+    # 53 bits are what a float holds; of more the highest would be rounded up to 1.
+    return jitter * ((int.from_bytes(digest, "big") >> 11) / 2**53)
