@@ -12,6 +12,7 @@ from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+from django.core.exceptions import ImproperlyConfigured
 from django.db import InterfaceError, OperationalError, connections, transaction
 from django.db.models import F, Min, Q, QuerySet
 
@@ -24,7 +25,7 @@ from .exceptions import ScheduleError
 from .jobs import Job
 from .models import ScheduleModel, TaskModel, WorkflowModel
 from .planning import call_of, locked
-from .recurrence import due, jitter_seconds
+from .recurrence import Recurrence, due, jitter_seconds
 from .schedule_models import Operation
 from .states import Status
 
@@ -88,24 +89,33 @@ def fire_due(*, using: str, besides: Collection[int] = ()) -> Fired:
         calls, is_all = 0, len(found) < BATCH_SIZE
         for row in found:
             try:
+                recurrence = row.recurrence
+            except (ValueError, ImproperlyConfigured) as error:
+                # Another consumer may have what it takes to read it, such as cronsim.
+                logger.error("Schedule %s cannot be read here: %s", row.name, error)  # noqa: TRY400 - it says all
+                unknown.add(row.pk)
+                continue
+            try:
                 call, problem = call_of(row), None
             except Exception as error:  # noqa: BLE001 - what a row says may be wrong in any way
                 call, problem = None, error
             if call is None and problem is None:
                 unknown.add(row.pk)
                 continue
-            starts, is_last = _fire(row, call, problem, using)
+            starts, is_last = _fire(row, recurrence, call, problem, using)
             calls, is_all = calls + starts, is_all and is_last
         reach("firing")
     reach("fired")
     return Fired(calls, frozenset(unknown), is_all)
 
 
-def _fire(row: Any, call: Any, problem: Exception | None, using: str) -> tuple[int, bool]:
+def _fire(
+    row: Any, recurrence: Recurrence, call: Any, problem: Exception | None, using: str
+) -> tuple[int, bool]:
     """Fire a schedule that is due and locked; return how often, and whether that is all for now."""
     misfire, limit = _policy(row)
     found = due(
-        row.recurrence,
+        recurrence,
         next_run=row.next_run,
         now=row.now,
         misfire=misfire,

@@ -161,6 +161,17 @@ def test_a_call_that_is_not_known_here_is_left_to_others():
     assert firing.seconds_until_next(using="default", besides=fired.unknown) is None
 
 
+def test_a_row_that_cannot_be_read_keeps_the_others_from_nothing(caplog):
+    broken, other = every(60, name="a"), every(60, name="b")
+    late(broken, 5), late(other, 5)
+    ScheduleModel.objects.filter(pk=broken.pk).update(every=None, cron="x", timezone="UTC")
+
+    fired = firing.fire_due(using="default")
+
+    assert (fired.calls, set(fired.unknown)) == (1, {broken.pk})
+    assert "Schedule a cannot be read here" in caplog.text
+
+
 def test_a_unique_key_that_is_taken_leaves_an_occurrence_out():
     schedule = every(60, tasks.nothing.job.with_unique_key("k"), overlap="allow", misfire="all")
     late(schedule, 65)
