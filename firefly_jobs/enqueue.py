@@ -153,21 +153,33 @@ def insert_many(rows: Iterable[TaskModel], *, using: str | None = None) -> list[
         ValueError: If the alias is not in ``DATABASES``.
         TaskAlreadyScheduled: As for :func:`insert`.
     """
-    alias = _alias(using)
+    return _insert_many(rows, _alias(using), keeps_rows=True)
+
+
+def _insert_many(rows: Iterable[TaskModel], alias: str, *, keeps_rows: bool) -> list[Any]:
+    """Write many rows; return them, or only their ids, so that no more than a batch is held."""
     connection, database = connections[alias], databases.of(alias)
-    written: list[TaskModel] = []
+    written: list[Any] = []
     keyed: list[int] = []
+    queues: set[str] = set()
     with database.write_transaction(connection):
         iterator = iter(rows)
         while batch := list(islice(iterator, database.insert_batch_size)):
             keyed += [n for n, row in enumerate(batch, len(written)) if row.active_key is not None]
             if plain := [row for row in batch if row.active_key is None]:
                 _write(connection, plain)
-            written += batch
+            queues.update(row.queue for row in batch)
+            # Those with a key are written at last.
+            written += [
+                row if keeps_rows or row.active_key is not None else row.pk for row in batch
+            ]
         if keyed:
             unique.insert_many(written, keyed, connection, write=_write_unless_taken)
-        announce(alias, {row.queue for row in written})
+        announce(alias, queues)
     logger.debug("Scheduled %s tasks", len(written))
+    if not keeps_rows:
+        for place in keyed:
+            written[place] = written[place].pk
     return written
 
 
@@ -193,8 +205,12 @@ def insert_steps(
     insert_many(rows, using=using)
 
 
-def insert_calls(jobs: Iterable[Job]) -> list[TaskModel]:
+def insert_calls(jobs: Iterable[Job], *, keeps_rows: bool) -> list[Any]:
     """Write many jobs' rows in one transaction; see :func:`firefly_jobs.jobs.schedule_many`.
+
+    Args:
+        jobs: The jobs.
+        keeps_rows: Whether to return the rows, or only their ids.
 
     Raises:
         ValueError: If they belong to different databases.
@@ -215,7 +231,7 @@ def insert_calls(jobs: Iterable[Job]) -> list[TaskModel]:
                 raise ValueError(message)
             yield job.row()
 
-    return insert_many(rows(), using=alias)
+    return _insert_many(rows(), alias, keeps_rows=keeps_rows)
 
 
 def _write(connection: Any, rows: list[TaskModel]) -> None:

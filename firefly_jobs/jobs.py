@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, overload
 
 from .conf import get_settings, suggestion
 from .exceptions import TaskDefinitionError
@@ -407,15 +407,24 @@ def _refuse_argument(word: str, task: BaseTask[Any, Any]) -> NoReturn:
     raise TypeError(message)
 
 
-def schedule_many(jobs: Iterable[Job | BaseTask[Any, Any]]) -> list[TaskModel]:
+_Jobs = Iterable["Job | BaseTask[Any, Any]"]
+
+
+@overload
+def schedule_many(jobs: _Jobs, *, returns: Literal["rows"] = "rows") -> list[TaskModel]: ...
+@overload
+def schedule_many(jobs: _Jobs, *, returns: Literal["ids"]) -> list[int]: ...
+def schedule_many(jobs: _Jobs, *, returns: Literal["rows", "ids"] = "rows") -> list[Any]:
     """Write one row for each of many calls, all of them or none.
 
     Args:
         jobs: Jobs, or tasks that are called without arguments; an iterator is read batch
             by batch.
+        returns: ``"rows"``, or ``"ids"``: then no more rows than those of a batch, and those
+            with a unique key, are held in memory.
 
     Returns:
-        The rows in order, with their ids.
+        The rows in order, with their ids; or the ids.
 
     Raises:
         TypeError, ValueError, PayloadError: As :meth:`Job.schedule`; nothing is written then.
@@ -423,14 +432,21 @@ def schedule_many(jobs: Iterable[Job | BaseTask[Any, Any]]) -> list[TaskModel]:
     """
     from . import enqueue  # noqa: PLC0415 - a verb on a value, see ARCHITECTURE layers
 
-    return enqueue.insert_calls(map(_as_job, jobs))
+    if returns not in {"rows", "ids"}:
+        message = f"returns must be 'rows' or 'ids', got {returns!r}."
+        raise ValueError(message)
+    return enqueue.insert_calls(map(_as_job, jobs), keeps_rows=returns == "rows")
 
 
-async def aschedule_many(jobs: Iterable[Job | BaseTask[Any, Any]]) -> list[TaskModel]:
+@overload
+async def aschedule_many(jobs: _Jobs, *, returns: Literal["rows"] = "rows") -> list[TaskModel]: ...
+@overload
+async def aschedule_many(jobs: _Jobs, *, returns: Literal["ids"]) -> list[int]: ...
+async def aschedule_many(jobs: _Jobs, *, returns: Any = "rows") -> list[Any]:
     """Schedule many calls from a coroutine; see :func:`schedule_many`."""
     from asgiref.sync import sync_to_async  # noqa: PLC0415 - as above
 
-    return await sync_to_async(schedule_many, thread_sensitive=True)(jobs)
+    return await sync_to_async(schedule_many, thread_sensitive=True)(jobs, returns=returns)
 
 
 def _as_job(item: Any) -> Job:

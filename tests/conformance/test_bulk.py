@@ -1,6 +1,9 @@
 """Many rows at once: in order, with their ids, all or nothing."""
 
+import weakref
 from datetime import UTC, datetime, timedelta
+from typing import Any
+from unittest import mock
 
 import pytest
 from django.db import connection, transaction
@@ -172,3 +175,41 @@ def test_an_unknown_alias_is_refused_before_anything_is_read():
         enqueue.insert_many(noting(), using="nowhere")
 
     assert read == []
+
+
+def test_ids_alone_hold_no_more_rows_than_a_batch():
+    alive: weakref.WeakSet[TaskModel] = weakref.WeakSet()
+    most: list[int] = []
+
+    def jobs():
+        for number in range(1_000):
+            yield tasks.insert.job.with_args(f"{number}")
+
+    def watched(connection, rows):
+        write(connection, rows)
+        alive.update(rows)
+        most.append(len(alive))
+
+    write = enqueue._write
+    database = type(databases.of("default"))
+    with (
+        mock.patch.object(enqueue, "_write", watched),
+        mock.patch.object(database, "insert_batch_size", 100),
+    ):
+        ids = schedule_many(jobs(), returns="ids")
+
+    # Of one batch, and of the one before it until that is replaced.
+    assert max(most) <= 200
+    assert len(ids) == 1_000
+    assert ids == list(TaskModel.objects.order_by("pk").values_list("pk", flat=True))
+
+
+def test_ids_of_calls_with_keys_are_those_of_their_rows():
+    there = tasks.insert.using(unique_key="k1").schedule("there")
+    jobs = [tasks.insert.job.with_args("a").with_unique_key(key) for key in ("k1", None, "k2")]
+    ids = schedule_many(jobs, returns="ids")
+    assert ids[0] == there.pk
+    assert sorted(ids) == sorted(TaskModel.objects.values_list("pk", flat=True))
+    wrong: Any = "row"
+    with pytest.raises(ValueError, match="returns must be 'rows' or 'ids', got 'row'"):
+        schedule_many(jobs, returns=wrong)
