@@ -48,6 +48,7 @@ class Ticker(threading.Thread):
         self._on_fired = on_fired
         self._bell = threading.Event()
         self._is_stopping = False
+        self._first_pause = 0.0
         self._connection = KeptConnection(using, owner=owner)
         self._unknown: dict[int, float] = {}
 
@@ -58,8 +59,9 @@ class Ticker(threading.Thread):
         """
         try:
             syncing.sync(using=self._using)
-            while not (fired := firing.fire_due(using=self._using)).is_all:
-                logger.debug("Fired %s calls of schedules", fired.calls)
+            while (pause := self.look()) == 0.0:
+                logger.debug("Fired what was due before the start")
+            self._first_pause = pause
         except Exception:
             logger.exception("The schedules could not be brought in step with the code")
         super().start()
@@ -76,7 +78,7 @@ class Ticker(threading.Thread):
 
     def run(self) -> None:
         """Look until stopped."""
-        pause, back_off = 0.0, 0.1
+        pause, back_off = self._first_pause, 0.1
         while True:
             self._bell.wait(pause)
             self._bell.clear()

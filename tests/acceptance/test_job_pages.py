@@ -127,7 +127,7 @@ def test_a_schedule_is_made_changed_and_run(page, live_server, files):
     page.get_by_label("Time zone:").fill("Europe/Oslo")
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.locator(".errorlist")).to_have_count(1)
-    expect(page.locator(".field-cron .errorlist")).to_contain_text("has 4 fields")
+    expect(page.locator(".field-cron .errorlist")).to_contain_text("must have five fields")
     page.get_by_label("Cron expression:").fill("*/5 * * * *")
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.locator(".field-arguments .errorlist")).to_contain_text(

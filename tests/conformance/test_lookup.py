@@ -71,7 +71,7 @@ def test_what_runs_under_a_former_name_belongs_to_the_task():
 
 def test_only_tasks_names_and_workflows_are_looked_for():
     for bad in (5, None, object(), ["fine", 5]):
-        with pytest.raises(TypeError, match="takes tasks, names and workflows"):
+        with pytest.raises(TypeError, match="takes tasks, names, workflows and schedules"):
             TaskModel.objects.active_for(bad)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.contrib import admin
 from django.db import connection
 from django.test.utils import modify_settings
 
@@ -25,6 +26,7 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         registry._tasks,
         registered_jobs._jobs,
         declarations._declarations,
+        admin.site._registry,
     ]
     known = [dict(table) for table in tables]
     with modify_settings(INSTALLED_APPS={"append": "shop"}):

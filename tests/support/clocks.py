@@ -1,7 +1,7 @@
 """Set the clock of the database, for one connection: nothing of ours is told another time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -60,15 +60,13 @@ def _reset_mysql(connection: Any) -> None:
 def _set_sqlite(connection: Any, moment: datetime) -> None:
     import sqlite3
 
-    outside = sqlite3.connect(":memory:")
-
     def strftime(pattern: str, what: str, *modifiers: str) -> str:
         if what.lower() == "now":
             what = moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
         marks = ", ".join("?" * (2 + len(modifiers)))
-        (found,) = outside.execute(
-            f"SELECT STRFTIME({marks})", [pattern, what, *modifiers]
-        ).fetchone()
+        with closing(sqlite3.connect(":memory:")) as outside:
+            values = [pattern, what, *modifiers]
+            (found,) = outside.execute(f"SELECT STRFTIME({marks})", values).fetchone()
         return str(found)
 
     connection.connection.create_function("STRFTIME", -1, strftime)
