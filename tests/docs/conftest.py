@@ -26,7 +26,6 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         registry._tasks,
         registered_jobs._jobs,
         declarations._declarations,
-        admin.site._registry,
     ]
     known = [dict(table) for table in tables]
     with modify_settings(INSTALLED_APPS={"append": "shop"}):
@@ -38,6 +37,8 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         finally:
             with connection.schema_editor() as editor:
                 editor.delete_model(order)
+            if admin.site.is_registered(order):
+                admin.site.unregister(order)
             for table, before in zip(tables, known, strict=True):
                 table.clear()
                 table.update(before)
