@@ -137,7 +137,9 @@ def _fire(
     if problem is not None and moments:
         _note_problem(row, problem, len(moments), using)
     next_run = found.next_run
-    if row.max_runs is not None and _planned_runs(row) + len(moments) >= row.max_runs:
+    # What a taken unique key has left out is no run; what could not be written is a failed one.
+    runs = starts if problem is None else len(moments)
+    if row.max_runs is not None and _planned_runs(row) + runs >= row.max_runs:
         next_run = None
     rows = ScheduleModel.objects.using(using).filter(pk=row.pk, next_run=row.next_run)
     if rows.update(next_run=next_run) != 1:

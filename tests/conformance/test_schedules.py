@@ -181,6 +181,20 @@ def test_a_unique_key_that_is_taken_leaves_an_occurrence_out():
     assert read(schedule, "run_count", "active_count") == (1, 1)
 
 
+def test_what_a_taken_key_leaves_out_is_none_of_the_runs_that_there_may_be():
+    job = tasks.nothing.job.with_unique_key("k")
+    schedule = every(60, job, overlap="allow", max_runs=2)
+    for number in (1, 1):
+        late(schedule, 5)
+        fire()
+        assert read(schedule, "run_count") == number
+    assert schedule.next_run is not None
+    run_burst()
+    late(schedule, 5)
+    fire()
+    assert read(schedule, "run_count", "next_run") == (2, None)
+
+
 # --- missed
 
 
