@@ -192,6 +192,11 @@ def all_declared() -> Iterator[Declaration]:
     return iter(list(_declarations.values()))
 
 
+def callee(call: Any) -> str:
+    """Return the name of the task or the workflow that a call is one of."""
+    return str(call.task.name if hasattr(call, "task") else call.name)
+
+
 def _callee(declaration: Declaration) -> str:
     call = declaration.call
     return str(call.task.name if hasattr(call, "task") else f"workflow {call.name}")

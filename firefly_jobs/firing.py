@@ -20,7 +20,7 @@ from . import databases, enqueue
 from .attempts import describe
 from .checkpoints import reach
 from .databases.functions import DatabaseNow
-from .declarations import Misfire, Occurrence, Overlap
+from .declarations import Misfire, Occurrence, Overlap, callee
 from .exceptions import ScheduleError
 from .jobs import Job
 from .models import ScheduleModel, TaskModel, WorkflowModel
@@ -89,7 +89,7 @@ def fire_due(*, using: str, besides: Collection[int] = ()) -> Fired:
         calls, is_all = 0, len(found) < BATCH_SIZE
         for row in found:
             try:
-                recurrence = row.recurrence
+                recurrence = _insist(row.recurrence)
             except (ValueError, ImproperlyConfigured) as error:
                 # Another consumer may have what it takes to read it, such as cronsim.
                 logger.error("Schedule %s cannot be read here: %s", row.name, error)  # noqa: TRY400 - it says all
@@ -107,6 +107,13 @@ def fire_due(*, using: str, besides: Collection[int] = ()) -> Fired:
         reach("firing")
     reach("fired")
     return Fired(calls, frozenset(unknown), is_all)
+
+
+def _insist(recurrence: Recurrence | None) -> Recurrence:
+    if recurrence is None:
+        message = "It has a next run, and neither a cron expression nor an interval."
+        raise ValueError(message)
+    return recurrence
 
 
 def _fire(
@@ -133,7 +140,7 @@ def _fire(
         except Exception as error:  # noqa: BLE001 - building a call runs the project's code
             problem = error
     if starts:
-        _count(row.pk, starts, _func_name(call), using)
+        _count(row.pk, starts, callee(call), using)
     if problem is not None and moments:
         _note_problem(row, problem, len(moments), using)
     next_run = found.next_run
@@ -231,7 +238,7 @@ def run_now(pk: int, *, using: str) -> TaskModel | WorkflowModel:
             started = written[0]
         else:
             started = call.start(occurrence)
-        _count(pk, 1, _func_name(call), using, by_hand=1)
+        _count(pk, 1, callee(call), using, by_hand=1)
     return started
 
 
@@ -260,7 +267,3 @@ def _note_problem(row: Any, problem: Exception, count: int, using: str) -> None:
         raw_last_result=None,
         last_error=describe(problem),
     )
-
-
-def _func_name(call: Any) -> str:
-    return str(call.task.name if isinstance(call, Job) else call.name)

@@ -14,7 +14,7 @@ from django.db import IntegrityError, connections
 from . import databases, serializers
 from .conf import seconds
 from .cron import parse
-from .declarations import Declaration, Misfire, Overlap, declare
+from .declarations import Declaration, Misfire, Overlap, callee, declare
 from .exceptions import TaskDefinitionError
 from .jobs import Job
 from .models import ScheduleModel
@@ -176,10 +176,9 @@ def _seconds(word: str, value: Any) -> float:
 
 
 def _row(declaration: Declaration) -> ScheduleModel:
-    call = declaration.call
     values = {name: getattr(declaration, name) for name in PLAN_FIELDS}
-    name = call.task.name if isinstance(call, Job) else call.name
-    return ScheduleModel(name=declaration.name, func_name=name, **values)
+    func_name = callee(declaration.call)
+    return ScheduleModel(name=declaration.name, func_name=func_name, **values)
 
 
 def _write(declaration: Declaration) -> ScheduleModel:

@@ -17,7 +17,7 @@ from django.db import IntegrityError, connections
 
 from . import databases
 from .conf import get_settings
-from .declarations import Declaration, all_declared
+from .declarations import Declaration, all_declared, callee
 from .models import ScheduleModel
 from .planning import check_call, locked, plan
 from .schedule_models import PLAN_FIELDS
@@ -141,8 +141,7 @@ def _changes(row: ScheduleModel, declaration: Declaration) -> dict[str, Any]:
 
 def _said(declaration: Declaration) -> dict[str, Any]:
     found = {name: getattr(declaration, name) for name in PLAN_FIELDS}
-    call = declaration.call
-    return {**found, "func_name": str(call.task.name if hasattr(call, "task") else call.name)}
+    return {**found, "func_name": callee(declaration.call)}
 
 
 def _as_json(declaration: Declaration) -> dict[str, Any]:

@@ -170,6 +170,8 @@ def test_a_row_that_cannot_be_read_keeps_the_others_from_nothing(caplog):
 
     assert (fired.calls, set(fired.unknown)) == (1, {broken.pk})
     assert "Schedule a cannot be read here" in caplog.text
+    ScheduleModel.objects.filter(pk=broken.pk).update(cron="", timezone="")
+    assert set(firing.fire_due(using="default").unknown) == {broken.pk}
 
 
 def test_a_unique_key_that_is_taken_leaves_an_occurrence_out():
