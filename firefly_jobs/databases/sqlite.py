@@ -14,7 +14,7 @@ from django.db import transaction
 from firefly_jobs.attempts import Claim
 
 from .base import DISPATCHER_LOCK_SECONDS, Database, Problem
-from .completing import TABLE, Completion
+from .completing import COUNT_OFF, COUNTED, TABLE, Completion, Counted
 from .sessions import SAVEPOINT, Session
 
 # UPDATE ... RETURNING: https://sqlite.org/lang_returning.html
@@ -113,6 +113,11 @@ class SQLiteSession(Session):
         self.connection.connection.close()
 
 
+def _for_driver(sql: str) -> str:
+    """Return a statement as the driver takes it, without Django in between."""
+    return sql.replace("%%", "%").replace("%s", "?")
+
+
 class SQLite(Database):
     """A claim is one UPDATE; a batch is settled in one transaction."""
 
@@ -165,6 +170,35 @@ class SQLite(Database):
         with connection.wrap_database_errors:
             (version,) = connection.connection.execute("PRAGMA data_version").fetchone()
         return int(version)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._complete = _for_driver(self.complete_sql)
+        self._complete_step = f"{self._complete} RETURNING next_gate"
+        self._count_off = f"{_for_driver(COUNT_OFF)} RETURNING {COUNTED}"
+
+    def complete(self, connection: Any, completion: Completion) -> bool:
+        """Tell the driver itself: the way there through Django takes longer than the statement."""
+        with connection.wrap_database_errors:
+            cursor = connection.connection.execute(self._complete, completion.values)
+        return bool(cursor.rowcount == 1)
+
+    def complete_step(self, connection: Any, completion: Completion) -> tuple[bool, Counted | None]:
+        """Likewise."""
+        with connection.wrap_database_errors:
+            cursor = connection.connection.execute(self._complete_step, completion.values)
+            row = cursor.fetchone()
+        if row is None or row[0] is None:
+            return row is not None, None
+        return True, self.count_off(connection, row[0], 1, is_unmet=False)
+
+    def count_off(
+        self, connection: Any, gate: int, count: int, *, is_unmet: bool
+    ) -> Counted | None:
+        """Likewise."""
+        with connection.wrap_database_errors:
+            cursor = connection.connection.execute(self._count_off, [count, is_unmet, gate])
+            return Counted.of(cursor.fetchone())
 
     def complete_many(self, connection: Any, completions: Sequence[Completion]) -> int:
         """Complete with one prepared statement, many times."""
