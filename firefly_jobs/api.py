@@ -114,7 +114,7 @@ def task_as_json(task: TaskModel) -> dict[str, Any]:
         "progress": _progress(task),
         "created": as_json(task.created),
         "started": as_json(task.started),
-        "ended": as_json(task.completed or task.failed),
+        "ended": as_json(task.ended),
         "duration": task.duration,
         "retry_attempts": task.retry_attempts,
         "result": result,

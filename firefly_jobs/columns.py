@@ -46,6 +46,8 @@ def _ending(settlement: Settlement) -> dict[str, Any]:
     values: dict[str, Any] = {"active_key": None}
     if settlement.status is Status.FAILED:
         values["failed"] = DatabaseNow()
+    if settlement.status is Status.CANCELLED:
+        values["cancelled"] = DatabaseNow()
     if settlement.status is Status.COMPLETED:
         values |= {"completed": DatabaseNow(), "failed": None, "error": ""}
         values["raw_returned"] = settlement.returned
@@ -66,6 +68,17 @@ def _returning(settlement: Settlement) -> dict[str, Any]:
     return values
 
 
+def withdrawn_columns(error: str) -> dict[str, Any]:
+    """Return what is written into a row that waits and is cancelled; ``error`` says why."""
+    return {
+        "status": Status.CANCELLED,
+        "cancelled": DatabaseNow(),
+        "error": error,
+        "active_key": None,
+        "limit_key": None,
+    }
+
+
 def revived_columns() -> dict[str, Any]:
     """Return what is written into an ended row that is to run again, with all its retries."""
     return {
@@ -74,6 +87,7 @@ def revived_columns() -> dict[str, Any]:
         "not_before": DatabaseNow(),
         "expires_at": None,
         "failed": None,
+        "cancelled": None,
         "started": None,
         "duration": None,
         "error": "",

@@ -22,6 +22,7 @@ from django.db import connections, transaction
 from django.db.models import F
 
 from . import admission, databases, events, following, messenger, tallies
+from .columns import withdrawn_columns
 from .databases import ANY_QUEUE, Counted
 from .databases.functions import DatabaseNow
 from .event_models import EventKind
@@ -376,7 +377,7 @@ class Walk:
 
 def _write_cancelled(ids: Sequence[int], error: str, using: str) -> int:
     rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=_WAITING)
-    return rows.update(status=Status.CANCELLED, error=error, active_key=None, limit_key=None)
+    return rows.update(**withdrawn_columns(error))
 
 
 def _follow_after(ends: Sequence[End], *, using: str) -> None:

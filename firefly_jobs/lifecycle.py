@@ -26,7 +26,7 @@ from django.db.models import Q, QuerySet
 from . import admission, databases, dependencies, events, fencing, messenger, tallies
 from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
 from .checkpoints import reach
-from .columns import columns_of, history_of, revived_columns
+from .columns import columns_of, history_of, revived_columns, withdrawn_columns
 from .conf import get_settings
 from .consequences import follow, follow_completed, tell
 from .databases import ANY_QUEUE, Completion
@@ -373,7 +373,7 @@ def _cancel(ids: Sequence[int], using: str) -> int:
     waiting = [Status.CREATED, Status.BLOCKED]
     found = TaskModel.objects.using(using).filter(pk__in=ids, status__in=waiting)
     reason = "cancelled while it waited"
-    columns = {"error": reason, "active_key": None, "limit_key": None}
+    columns = withdrawn_columns(reason)
     with databases.of(using).own_transaction(connections[using]):
         # Others wait for a step, so its end is more than that of a row.
         steps = list(found.filter(step__isnull=False).values_list("pk", flat=True))
@@ -383,11 +383,11 @@ def _cancel(ids: Sequence[int], using: str) -> int:
         note_withdrawn(rows, reason, using=using)
         messenger.cancelling(rows, reason, using=using)
         events.changing(rows, EventKind.CANCELLED, reason, using=using)
-        cancelled = rows.filter(limit_key__isnull=True).update(status=Status.CANCELLED, **columns)
+        cancelled = rows.filter(limit_key__isnull=True).update(**columns)
         if cancelled < len(ids) - len(steps):
             # The others stand in a line, or have started.
             places = admission.places_of(rows)
-            cancelled += rows.update(status=Status.CANCELLED, **columns)
+            cancelled += rows.update(**columns)
             admission.pass_on(places, using=using)
     if cancelled:
         announce_ended(using, ids)

@@ -14,7 +14,7 @@ consumer can insert into today's table.
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
@@ -182,6 +182,7 @@ class TaskModel(models.Model):
     started = models.DateTimeField(_("started"), null=True, blank=True)
     completed = models.DateTimeField(_("completed"), null=True, blank=True)
     failed = models.DateTimeField(_("failed"), null=True, blank=True)
+    cancelled = models.DateTimeField(_("cancelled"), null=True, blank=True)
     duration = models.FloatField(_("duration"), null=True, blank=True)
 
     raw_params = models.TextField(_("stored parameters"), db_column="params")
@@ -312,6 +313,11 @@ class TaskModel(models.Model):
         if self.raw_returned is None:
             return None
         return serializers.loads_returned(self.raw_returned, task_name=self.func_name)
+
+    @property
+    def ended(self) -> datetime | None:
+        """When it completed, failed or was cancelled."""
+        return self.completed or self.failed or self.cancelled
 
     @property
     def already_run(self) -> bool:

@@ -337,8 +337,8 @@ class TaskAdmin(ReadOnly, _ModelAdmin):
 
     @admin.display(description=_("ended"))
     def ended_at(self, task: TaskModel) -> str:
-        """Show when it completed or failed."""
-        return moment(task.completed or task.failed)
+        """Show when it ended."""
+        return moment(task.ended)
 
     @admin.display(description=_("duration"))
     def took(self, task: TaskModel) -> str:

@@ -26,6 +26,7 @@ from tests.testapp.tasks import echo
 
 DELETE_COMPLETED = "delete_completed_tasks"
 DELETE_FAILED = "delete_failed_tasks"
+DELETE_CANCELLED = "delete_cancelled_tasks"
 REVIVE = "mark_failed_tasks_consumable"
 
 pytestmark = pytest.mark.django_db
@@ -47,7 +48,7 @@ def ended(
     last = TaskModel.objects.using(using).order_by("-pk")[:count]
     made = list(TaskModel.objects.using(using).filter(pk__in=[row.pk for row in last]))
     assert len(made) == len(rows)
-    moment = "failed" if status is Status.FAILED else "completed"
+    moment = str(status) if status.is_terminal else "completed"
     TaskModel.objects.using(using).filter(pk__in=[row.pk for row in made]).update(
         **{moment: SecondsFromNow(-age.total_seconds())}
     )
@@ -309,9 +310,14 @@ def test_workflows_of_which_no_task_is_left_go_with_their_gates():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "command"), [("completed", DELETE_COMPLETED), ("failed", DELETE_FAILED)]
+    ("tasks", "command"),
+    [
+        ("completed", DELETE_COMPLETED),
+        ("failed", DELETE_FAILED),
+        ("cancelled", DELETE_CANCELLED),
+    ],
 )
-def test_both_commands_delete_workflows_and_a_dry_run_only_counts_them(tasks, command):
+def test_each_command_deletes_workflows_and_a_dry_run_only_counts_them(tasks, command):
     workflow("done", tasks=tasks)
     workflow("before", tasks=tasks)
     TaskModel.objects.filter(workflow__name="before").delete()
@@ -327,6 +333,29 @@ def test_both_commands_delete_workflows_and_a_dry_run_only_counts_them(tasks, co
     assert all_that_is_left() == []
     assert not WorkflowEdge.objects.exists()
     assert run(command) == f"0 {tasks} tasks were deleted.\n"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_was_cancelled_long_ago_goes_and_with_it_the_failed_workflow():
+    wf = Workflow("fails")
+    first = wf.add(echo, name="first")
+    wf.add(echo, name="second", depends_on=[first])
+    run_ = wf.schedule()
+    assert run_.cancel()
+    late = TaskModel.objects.create(func_name="shop.tasks.pay", raw_params="")
+    assert late.cancel()
+    TaskModel.objects.filter(workflow=run_.pk).update(cancelled=SecondsFromNow(-8 * 86_400))
+    WorkflowModel.objects.update(ended=SecondsFromNow(-8 * 86_400))
+
+    assert run(DELETE_CANCELLED, "--older-than", "7d") == (
+        "2 cancelled tasks were deleted.\n1 workflow without tasks was deleted.\n"
+    )
+    late.refresh_from_db()
+    assert late.status == Status.CANCELLED
+    assert late.ended == late.cancelled is not None
+    assert late.retry_now()
+    late.refresh_from_db()
+    assert late.ended is None
 
 
 def test_reviving_tasks_deletes_no_workflow():
