@@ -22,7 +22,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 SETTING = "FIREFLY_JOBS"
-QUEUE_LENGTH_MAX = 100
+QUEUE_LENGTH_MAX = OWNER_LENGTH_MAX = 100
 RETRIES_MAX = 32_767  # a small integer column
 DURATION_SECONDS_MAX = 2**31 - 1
 
@@ -69,6 +69,13 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def _is_text(value: Any) -> str | None:
     return None if isinstance(value, str) and value else "must be a non-empty string"
+
+
+def _is_owner(value: Any) -> str | None:
+    if complaint := _is_text(value):
+        return complaint
+    too_long = len(value) > OWNER_LENGTH_MAX
+    return f"must have {OWNER_LENGTH_MAX} characters at most" if too_long else None
 
 
 def _is_flag(value: Any) -> str | None:
@@ -179,7 +186,7 @@ _RULES: dict[str, Callable[[Any], str | None]] = {
     "IMPORTS": _is_modules,
     "HOOKS": _is_dotted_names,
     "KEEP_EVENTS": _or_flag(_is_duration(positive=True)),
-    "SCHEDULE_OWNER": _or_none(_is_text),
+    "SCHEDULE_OWNER": _or_none(_is_owner),
     "API_AUTHENTICATOR": _or_none(_is_dotted_name),
     "JOB_ADMIN_ACTIONS": _or_none(_is_words_by_label),
 }

@@ -30,7 +30,7 @@ def follow(settlements: Sequence[Settlement], *, using: str) -> None:
     ]
     if ends:
         dependencies.follow(ends, using=using)
-    tallies.settled(settlements, using=using)
+    tallies.count_settled(settlements, using=using)
 
 
 def follow_completed(completions: Sequence[Completion], *, using: str) -> None:
@@ -42,7 +42,7 @@ def follow_completed(completions: Sequence[Completion], *, using: str) -> None:
     ]
     if ends:
         dependencies.follow(ends, using=using)
-    tallies.completed(completions, using=using)
+    tallies.count_completed(completions, using=using)
 
 
 def tell(settlements: Sequence[Settlement], *, using: str) -> None:

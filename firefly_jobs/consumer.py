@@ -234,7 +234,7 @@ class Consumer:
             return
         # Asked first: a call that ends while we look may have scheduled more.
         self._nap.begin_look()
-        was_idle = self._is_idle
+        was_idle = self._is_idle and self._ticker.has_caught_up
         claims = self._claimer.claim(room, consumer=self._membership.id)
         if claims:
             self._nap.end_look(has_found=True)

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from django.conf import settings as django_settings
 from django.db.models.enums import TextChoices
 from django.utils.translation import gettext_lazy as _
 
-from .conf import DURATION_SECONDS_MAX
+from .conf import DURATION_SECONDS_MAX, get_settings
 from .cron import parse, zone_of
 from .exceptions import TaskDefinitionError
 from .recurrence import Interval
 
-NAME_LENGTH_MAX = 200
+NAME_LENGTH_MAX, DIGEST_LENGTH = 200, 32
 
 
 class Misfire(TextChoices):
@@ -108,6 +109,11 @@ def problems_of(plan: Any) -> dict[str, str]:
         if getattr(plan, word) not in kind.values:
             words = ", ".join(map(repr, kind.values))
             found[word] = f"It must be one of {words}, got {getattr(plan, word)!r}."
+    if (plan.misfire, plan.overlap) == (Misfire.ALL, Overlap.SKIP):
+        found["misfire"] = (
+            'Missed runs that are all made up for would overlap, and overlap="skip" leaves those '
+            'out. Choose overlap="queue", one after the other, or overlap="allow".'
+        )
     return found
 
 
@@ -172,11 +178,11 @@ def declare(declaration: Declaration) -> None:
             is reloaded, replaces what was there.
     """
     other = _declarations.get(declaration.name)
-    if other is not None and _callee(other) != _callee(declaration):
+    if other is not None and _kind(other.call) != _kind(declaration.call):
         message = (
-            f"The schedule {declaration.name!r} of {_callee(declaration)} cannot be declared: "
-            f"{_callee(other)} has that name already. Names are unique; give one of them another "
-            f"with name=."
+            f"The schedule {declaration.name!r} of {_kind(declaration.call)} cannot be declared: "
+            f"{_kind(other.call)} has that name already. Names are unique; give one of them "
+            f"another with name=."
         )
         raise TaskDefinitionError(message)
     _declarations[declaration.name] = declaration
@@ -197,6 +203,13 @@ def callee(call: Any) -> str:
     return str(call.task.name if hasattr(call, "task") else call.name)
 
 
-def _callee(declaration: Declaration) -> str:
-    call = declaration.call
-    return str(call.task.name if hasattr(call, "task") else f"workflow {call.name}")
+def _kind(call: Any) -> str:
+    return callee(call) if hasattr(call, "task") else f"workflow {callee(call)}"
+
+
+def owner() -> str:
+    """Return whose declarations those of this process are."""
+    if named := get_settings().SCHEDULE_OWNER:
+        return named
+    module = getattr(django_settings, "SETTINGS_MODULE", None) or "project"
+    return str(module).partition(".")[0]

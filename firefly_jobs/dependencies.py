@@ -360,7 +360,7 @@ class Walk:
             status = WorkflowStatus.COMPLETED
         rows.update(status=status, ended=DatabaseNow())
         messenger.workflow_ended(workflow, status, using=self._using)
-        tallies.workflow_ended(workflow, status, using=self._using)
+        tallies.count_workflow(workflow, status, using=self._using)
         if (pk := workflow.on_success) is not None:
             self._finally(pk, is_wanted=status is WorkflowStatus.COMPLETED, status=status)
         if (pk := workflow.on_failure) is not None:

@@ -2,7 +2,8 @@
 
 There is no scheduler process.  Every consumer looks, and the lock on the schedule's row
 decides which of them fires an occurrence.  Whoever is killed in between has moved nothing
-and written nothing.
+and written nothing.  Each schedule has a transaction of its own, so what one of them waits
+for, or cannot do, keeps the others from nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import InterfaceError, OperationalError, connections, transaction
-from django.db.models import F, Min, Q, QuerySet
+from django.db import Error, connections, transaction
+from django.db.models import F, Q, QuerySet
 
 from . import databases, enqueue
 from .attempts import describe
 from .checkpoints import reach
-from .databases.functions import DatabaseNow
-from .declarations import Misfire, Occurrence, Overlap, callee
+from .databases.functions import DatabaseNow, SecondsFromNow
+from .declarations import Misfire, Occurrence, Overlap
 from .exceptions import ScheduleError
 from .jobs import Job
 from .models import ScheduleModel, TaskModel, WorkflowModel
@@ -31,10 +32,20 @@ from .states import Status
 
 logger = logging.getLogger("firefly_jobs")
 
-# One that queues behind what it has started is looked at so often.
-QUEUED_LOOK_SECONDS = 1.0
-# Schedules per transaction, and occurrences of one that are made up for in it.
+# Schedules that one look fires, and occurrences of one that are made up for at once.
 BATCH_SIZE, OCCURRENCES_MAX = 100, 1_000
+
+
+class Agenda(NamedTuple):
+    """What there is to do.
+
+    Attributes:
+        seconds: Until the first schedule is due that may fire; ``None``: none will be.
+        queued: Schedules that are about to be due, and wait for the end of what they have started.
+    """
+
+    seconds: float | None
+    queued: frozenset[int]
 
 
 class Fired(NamedTuple):
@@ -43,32 +54,41 @@ class Fired(NamedTuple):
     Attributes:
         calls: How many calls were started.
         unknown: Schedules that are due, and of which this process does not know the call.
-        is_all: Whether nothing else is due that this process could fire.
+        held: Schedules that would have had to wait for somebody else's transaction.
     """
 
     calls: int
     unknown: frozenset[int]
-    is_all: bool
-
-
-def seconds_until_next(*, using: str, besides: Collection[int] = ()) -> float | None:
-    """Return when the next schedule is due, by the database's clock; ``None``: never."""
-    rows = _planned(using, besides)
-    found = rows.aggregate(
-        next=Min("next_run", filter=~_QUEUES), queued=Min("next_run", filter=_QUEUES)
-    )
-    if found["next"] is found["queued"] is None:
-        return None
-    # Not in one statement with the others: an aggregate over no rows has no clock on MariaDB.
-    now = rows.values_list(DatabaseNow(), flat=True)[0]
-    moments = [(m - now).total_seconds() for m in (found["next"],) if m is not None]
-    if found["queued"] is not None:
-        moments.append(max((found["queued"] - now).total_seconds(), QUEUED_LOOK_SECONDS))
-    return float(min(moments))
+    held: frozenset[int]
 
 
 # Behind what it has started and what has not ended.
 _QUEUES = Q(overlap=Overlap.QUEUE, active_count__gt=0)
+
+
+def agenda(*, using: str, ahead_seconds: float, besides: Collection[int] = ()) -> Agenda:
+    """Return what there is to do, by the database's clock; one statement if nothing is near.
+
+    Args:
+        using: Database alias.
+        ahead_seconds: How far ahead it is looked for what queues.
+        besides: Schedules that are not looked at.
+    """
+    rows = _planned(using, besides)
+    seconds = _seconds_until_first(rows)
+    if seconds is None or seconds > ahead_seconds:
+        return Agenda(seconds, frozenset())
+    soon = rows.filter(_QUEUES, next_run__lte=SecondsFromNow(ahead_seconds))
+    queued = frozenset(soon.values_list("pk", flat=True))
+    return Agenda(_seconds_until_first(rows.exclude(_QUEUES)) if queued else seconds, queued)
+
+
+def _seconds_until_first(rows: QuerySet[ScheduleModel]) -> float | None:
+    # Both moments of one row: an aggregate over no rows has no clock on MariaDB.
+    found = rows.order_by("next_run", "pk").values_list("next_run", DatabaseNow()).first()
+    if found is None or found[0] is None:
+        return None
+    return float((found[0] - found[1]).total_seconds())
 
 
 def _planned(using: str, besides: Collection[int]) -> QuerySet[ScheduleModel]:
@@ -82,44 +102,40 @@ def fire_due(*, using: str, besides: Collection[int] = ()) -> Fired:
         using: Database alias.
         besides: Schedules that are not looked at.
     """
-    unknown: set[int] = set()
-    with databases.of(using).own_transaction(connections[using]):
-        rows = locked(using, skips=True).filter(next_run__lte=DatabaseNow()).exclude(_QUEUES)
-        found = list(rows.exclude(pk__in=besides).order_by("next_run", "pk")[:BATCH_SIZE])
-        calls, is_all = 0, len(found) < BATCH_SIZE
-        for row in found:
-            try:
-                recurrence = _insist(row.recurrence)
-            except (ValueError, ImproperlyConfigured) as error:
-                # Another consumer may have what it takes to read it, such as cronsim.
-                logger.error("Schedule %s cannot be read here: %s", row.name, error)  # noqa: TRY400 - it says all
-                unknown.add(row.pk)
-                continue
-            try:
-                call, problem = call_of(row), None
-            except Exception as error:  # noqa: BLE001 - what a row says may be wrong in any way
-                call, problem = None, error
-            if call is None and problem is None:
-                unknown.add(row.pk)
-                continue
-            starts, is_last = _fire(row, recurrence, call, problem, using)
-            calls, is_all = calls + starts, is_all and is_last
-        reach("firing")
-    reach("fired")
-    return Fired(calls, frozenset(unknown), is_all)
+    database = databases.of(using)
+    rows = _planned(using, besides).exclude(_QUEUES).filter(next_run__lte=DatabaseNow())
+    found = list(rows.order_by("next_run", "pk").values_list("pk", flat=True)[:BATCH_SIZE])
+    calls, unknown, held = 0, set(), set()
+    for pk in found:
+        try:
+            with database.own_transaction(connections[using]):
+                starts = _fire(pk, using)
+                reach("firing")
+            reach("fired")
+        except Error as error:
+            if database.is_busy(error) or not database.is_conflict(error):
+                raise
+            logger.debug("Schedule %s is left for the next look: %s", pk, error)
+            held.add(pk)
+        else:
+            if starts is None:
+                unknown.add(pk)
+            calls += starts or 0
+    return Fired(calls, frozenset(unknown), frozenset(held))
 
 
-def _insist(recurrence: Recurrence | None) -> Recurrence:
-    if recurrence is None:
-        message = "It has a next run, and neither a cron expression nor an interval."
-        raise ValueError(message)
-    return recurrence
-
-
-def _fire(
-    row: Any, recurrence: Recurrence, call: Any, problem: Exception | None, using: str
-) -> tuple[int, bool]:
-    """Fire a schedule that is due and locked; return how often, and whether that is all for now."""
+def _fire(pk: int, using: str) -> int | None:
+    """Fire a schedule if it is still due; return how often, ``None``: it is not for us to do."""
+    rows = locked(using, skips=True).exclude(_QUEUES)
+    row = rows.filter(pk=pk, next_run__lte=DatabaseNow()).first()
+    if row is None:
+        return 0
+    try:
+        recurrence = _insist(row.recurrence)
+    except (ValueError, ImproperlyConfigured) as error:
+        # Another consumer may have what it takes to read it, such as cronsim.
+        logger.error("Schedule %s cannot be read here: %s", row.name, error)  # noqa: TRY400 - it says all
+        return None
     misfire, limit = _policy(row)
     found = due(
         recurrence,
@@ -129,30 +145,44 @@ def _fire(
         ends=row.ends_at,
         limit=max(limit, 1),
     )
-    moments = found.occurrences[:limit]
-    starts = 0
-    if problem is None:
-        try:
-            with transaction.atomic(using=using):
-                starts = _start_all(row, call, moments, using)
-        except (OperationalError, InterfaceError):
+    moments, changes = found.occurrences[:limit], {}
+    starts, problem = 0, None
+    try:
+        # What one asks the database for may fail without undoing the rest.
+        with transaction.atomic(using=using):
+            call = call_of(row)
+            if call is None:
+                logger.warning("Schedule %s is due, and its call is not known here", row.name)
+                return None
+            starts = _start_all(row, call, moments, using)
+    except Exception as error:
+        if databases.of(using).is_lost(error):
             raise
-        except Exception as error:  # noqa: BLE001 - building a call runs the project's code
-            problem = error
-    if starts:
-        _count(row.pk, starts, callee(call), using)
-    if problem is not None and moments:
-        _note_problem(row, problem, len(moments), using)
+        problem = error
+    if problem is None and starts:
+        changes = _started(starts)
+    elif problem is not None and moments:
+        logger.error(
+            "Schedule %s could not start its call: %s",
+            row.name,
+            describe(problem),
+            exc_info=problem,
+        )
+        changes = _could_not_start(problem, len(moments))
     next_run = found.next_run
     # What a taken unique key has left out is no run; what could not be written is a failed one.
     runs = starts if problem is None else len(moments)
     if row.max_runs is not None and _planned_runs(row) + runs >= row.max_runs:
         next_run = None
-    rows = ScheduleModel.objects.using(using).filter(pk=row.pk, next_run=row.next_run)
-    if rows.update(next_run=next_run) != 1:
-        message = f"Schedule {row.name!r} was moved by somebody else, so nothing was started."
-        raise ScheduleError(message)
-    return starts, next_run is None or next_run > row.now
+    ScheduleModel.objects.using(using).filter(pk=pk).update(next_run=next_run, **changes)
+    return starts
+
+
+def _insist(recurrence: Recurrence | None) -> Recurrence:
+    if recurrence is None:
+        message = "It has a next run, and neither a cron expression nor an interval."
+        raise ValueError(message)
+    return recurrence
 
 
 def _policy(row: Any) -> tuple[str, int]:
@@ -174,6 +204,11 @@ def _planned_runs(row: Any) -> int:
 
 
 def _start_all(row: Any, call: Any, moments: Collection[datetime], using: str) -> int:
+    if call.alias != using:
+        message = (
+            f"Its calls belong to database {call.alias!r}, and the schedule stands in {using!r}."
+        )
+        raise ScheduleError(message)
     occurrences = [Occurrence(row.pk, moment) for moment in moments]
     if not isinstance(call, Job):
         for occurrence in occurrences:
@@ -199,8 +234,7 @@ def _insert(rows: list[TaskModel], using: str) -> list[TaskModel]:
     keys = {row.active_key for row in rows if row.active_key is not None}
     if keys:
         # Not by trying: who has one may be about to end, and waits for the schedule's row then.
-        held = TaskModel.objects.using(using).filter(active_key__in=keys)
-        taken = set(held.values_list("active_key", flat=True))
+        taken = databases.of(using).taken_keys(connections[using], sorted(keys))
         free = []
         for row in rows:
             if row.active_key is None or row.active_key not in taken:
@@ -238,32 +272,29 @@ def run_now(pk: int, *, using: str) -> TaskModel | WorkflowModel:
             started = written[0]
         else:
             started = call.start(occurrence)
-        _count(pk, 1, callee(call), using, by_hand=1)
+        by_hand = {"manual_count": F("manual_count") + 1}
+        ScheduleModel.objects.using(using).filter(pk=pk).update(**_started(1), **by_hand)
     return started
 
 
-def _count(pk: int, starts: int, func_name: str, using: str, *, by_hand: int = 0) -> None:
-    ScheduleModel.objects.using(using).filter(pk=pk).update(
-        run_count=F("run_count") + starts,
-        manual_count=F("manual_count") + by_hand,
-        active_count=F("active_count") + starts,
-        operation=Operation.RUNNING,
-        last_run=DatabaseNow(),
-        func_name=func_name,
-    )
+def _started(count: int) -> dict[str, Any]:
+    """Return what is written into the row of a schedule whose calls have started."""
+    return {
+        "run_count": F("run_count") + count,
+        "active_count": F("active_count") + count,
+        "operation": Operation.RUNNING,
+        "last_run": DatabaseNow(),
+    }
 
 
-def _note_problem(row: Any, problem: Exception, count: int, using: str) -> None:
-    """Count occurrences that could not even be written as failed: nobody else would tell."""
-    logger.error(
-        "Schedule %s could not start its call: %s", row.name, describe(problem), exc_info=problem
-    )
-    ScheduleModel.objects.using(using).filter(pk=row.pk).update(
-        run_count=F("run_count") + count,
-        failure_count=F("failure_count") + count,
-        last_run=DatabaseNow(),
-        last_ended=DatabaseNow(),
-        last_status=Status.FAILED,
-        raw_last_result=None,
-        last_error=describe(problem),
-    )
+def _could_not_start(problem: Exception, count: int) -> dict[str, Any]:
+    """Return the same for calls that could not even be written: nobody else would tell."""
+    return {
+        "run_count": F("run_count") + count,
+        "failure_count": F("failure_count") + count,
+        "last_run": DatabaseNow(),
+        "last_ended": DatabaseNow(),
+        "last_status": Status.FAILED,
+        "raw_last_result": None,
+        "last_error": describe(problem),
+    }

@@ -379,7 +379,7 @@ def _cancel(ids: Sequence[int], using: str) -> int:
         steps = list(found.filter(step__isnull=False).values_list("pk", flat=True))
         by_step = dependencies.cancel_steps(steps, reason, using=using) if steps else 0
         rows = found.exclude(pk__in=steps)
-        tallies.withdrawn(rows, reason, using=using)
+        tallies.count_withdrawn(rows, reason, using=using)
         note_withdrawn(rows, reason, using=using)
         messenger.cancelling(rows, reason, using=using)
         events.changing(rows, EventKind.CANCELLED, reason, using=using)
@@ -401,6 +401,10 @@ def retry(ids: Sequence[int], *, using: str) -> int:
     is a step of a workflow, which runs again with what was cancelled because of it, and what is
     called at its end, while it has not ended.
     """
+    return tried_again(partial(_retry, ids, using), using=using)
+
+
+def _retry(ids: Sequence[int], using: str) -> int:
     ended = [Status.FAILED, Status.CANCELLED]
     found = TaskModel.objects.using(using).filter(pk__in=ids, status__in=ended)
     is_of_workflow = Q(step__isnull=False) | Q(workflow__in=_open_workflows(using))
@@ -412,31 +416,34 @@ def retry(ids: Sequence[int], *, using: str) -> int:
             extra={"task_id": pk},
         )
     rows = found.exclude(pk__in=steps)
-    # In one order everywhere, so that two who revive the same do not meet in a deadlock.
-    keyed = list(
-        rows.filter(unique_key__isnull=False)
-        .order_by("unique_key", "id")
-        .values_list("id", "unique_key")
-    )
-    plain = rows.filter(unique_key__isnull=True)
+    schedules: list[int | None] = []
     with databases.of(using).own_transaction(connections[using]):
+        plain = rows.filter(unique_key__isnull=True)
         events.reviving(plain, using=using)
-        tallies.revived(plain, using=using)
-        retried = plain.update(**revived_columns())
-    for pk, key in keyed:
-        try:
-            with transaction.atomic(using=using):
-                events.reviving(rows.filter(pk=pk), using=using)
-                tallies.revived(rows.filter(pk=pk), using=using)
-                retried += rows.filter(pk=pk).update(active_key=key, **revived_columns())
-        except IntegrityError:
-            logger.warning(
-                "Task %s stays as it is: another task has its unique key", pk, extra={"task_id": pk}
-            )
-    if retried:
+        locked = plain.order_by("pk").select_for_update().values_list("pk", "schedule")
+        revived = dict(locked)
+        schedules += revived.values()
+        plain.filter(pk__in=revived).update(**revived_columns())
+        # In one order everywhere, so that two who revive the same do not meet in a deadlock.
+        keyed = rows.filter(unique_key__isnull=False).order_by("unique_key", "pk")
+        for pk, key, schedule in list(keyed.values_list("pk", "unique_key", "schedule")):
+            try:
+                with transaction.atomic(using=using):
+                    events.reviving(rows.filter(pk=pk), using=using)
+                    if rows.filter(pk=pk).update(active_key=key, **revived_columns()):
+                        schedules.append(schedule)
+            except IntegrityError:
+                logger.warning(
+                    "Task %s stays as it is: another task has its unique key",
+                    pk,
+                    extra={"task_id": pk},
+                )
+        # Last, as whoever has a key may be about to end, and to count that.
+        tallies.count_revived(schedules, using=using)
+    if schedules:
         # Their queues are not known here, and asking for them would cost more.
         announce(using, (ANY_QUEUE,))
-    return retried
+    return len(schedules)
 
 
 def _open_workflows(using: str) -> QuerySet[WorkflowModel]:

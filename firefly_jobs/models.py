@@ -24,10 +24,11 @@ from django.utils.translation import gettext_lazy as _
 
 from . import serializers
 from .attempts import Ended
-from .conf import QUEUE_LENGTH_MAX
+from .conf import OWNER_LENGTH_MAX, QUEUE_LENGTH_MAX
 from .databases.fields import ExactCharField, SparseJSONField, TagsField
 from .databases.functions import DatabaseNow
 from .databases.indexes import SetIndex, StatusIndex, UniqueWhereSet
+from .declarations import DIGEST_LENGTH
 from .event_models import TaskEvent
 from .job_models import JobStart, SavedJob
 from .limits import LINE_LENGTH_MAX, RATE_LENGTH_MAX
@@ -437,6 +438,13 @@ class ConsumerModel(models.Model):
     # What others on the same machine know its process by; without, only the lease tells.
     process = models.CharField(  # noqa: DJ001 - NULL: nothing is known
         _("process"), max_length=MARK_LENGTH_MAX, null=True, blank=True
+    )
+    # Which schedules its code declares: whose they are, and a digest of them.
+    schedule_owner = models.CharField(
+        max_length=OWNER_LENGTH_MAX, db_default="", default="", blank=True, editable=False
+    )
+    declared = models.CharField(
+        max_length=DIGEST_LENGTH, db_default="", default="", blank=True, editable=False
     )
 
     class Meta:

@@ -5,7 +5,7 @@ Every change to a row locks it and goes by the database's clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -14,16 +14,16 @@ from django.db import connections
 from django.db.models import QuerySet
 
 from . import databases, registry, serializers
+from .conf import get_settings
 from .databases.functions import DatabaseNow
-from .declarations import declared
+from .declarations import declared, owner
 from .exceptions import ScheduleError, TaskNotFoundError
 from .jobs import Job
 from .models import ScheduleModel
-from .schedule_models import PLAN_FIELDS, STORED_CALL
+from .schedule_models import CHANGEABLE, STORED_CALL
 
-# What a person may change.
-CHANGEABLE = (*PLAN_FIELDS, "name", "func_name", "arguments", "saved_job", "is_paused")
-_TIMES = {"cron", "timezone", "every", "starts_at", "ends_at", "max_runs", "is_paused"}
+# When it recurs: what was missed of another beat means nothing.
+_BEAT = frozenset({"cron", "timezone", "every", "starts_at", "is_paused", "is_retired"})
 
 
 def locked(using: str, *, skips: bool = False) -> QuerySet[Any]:
@@ -33,7 +33,9 @@ def locked(using: str, *, skips: bool = False) -> QuerySet[Any]:
         using: Database alias.
         skips: Whether those that somebody else has locked are passed over, where that can be.
     """
-    rows = ScheduleModel.objects.using(using).annotate(now=DatabaseNow())
+    # Results may be large, and nobody who locks a row looks at them.
+    rows = ScheduleModel.objects.using(using).defer("raw_last_result", "last_error")
+    rows = rows.annotate(now=DatabaseNow())
     return rows.select_for_update(skip_locked=skips and databases.of(using).can_skip_locked)
 
 
@@ -43,6 +45,14 @@ def plan(row: ScheduleModel, now: datetime) -> None:
     row.next_run = None if is_over else row.next_run_after(now)
 
 
+def plan_after(row: ScheduleModel, changed: Collection[str], now: datetime) -> None:
+    """Set when a row runs next, of which some columns have changed; what is due stays due."""
+    if row.next_run is None or not _BEAT.isdisjoint(changed):
+        plan(row, now)
+    elif not row.has_runs_left or (row.ends_at is not None and row.next_run > row.ends_at):
+        row.next_run = None
+
+
 def change(row: ScheduleModel, changes: Mapping[str, Any], *, using: str) -> None:
     """Write some columns of a schedule; see ``ScheduleModel.change``."""
     if unknown := sorted(set(changes) - set(CHANGEABLE)):
@@ -50,17 +60,23 @@ def change(row: ScheduleModel, changes: Mapping[str, Any], *, using: str) -> Non
         raise TypeError(message)
     with databases.of(using).own_transaction(connections[using]):
         found = locked(using).get(pk=row.pk)
+        changed = {name for name, value in changes.items() if getattr(found, name) != value}
         for name, value in changes.items():
             setattr(found, name, value)
-        found.full_clean(exclude=["declared"])
-        check_call(found)
-        columns = list(changes)
-        if not changes or not _TIMES.isdisjoint(changes):
-            plan(found, found.now)
-            columns.append("next_run")
-        found.save(using=using, update_fields=columns)
+        # What is broken can be paused.
+        if not changes or changed - {"is_paused"} or (changed and not found.is_paused):
+            found.full_clean(exclude=["declared"])
+            check_call(found)
+        plan_after(found, changed, found.now)
+        found.save(using=using, update_fields=[*changes, "next_run"])
+    take_over(row, found)
+
+
+def take_over(row: ScheduleModel, found: ScheduleModel) -> None:
+    """Let an object in memory have the values of one that has just been read."""
+    missing = found.get_deferred_fields()
     names = [field.attname for field in row._meta.concrete_fields]
-    vars(row).update({name: vars(found)[name] for name in names})
+    vars(row).update({name: vars(found)[name] for name in names if name not in missing})
 
 
 # --- what it calls
@@ -73,7 +89,7 @@ def call_of(row: ScheduleModel) -> Any:
         Exception: Whatever is wrong with what the row says.
     """
     if row.owner:
-        declaration = declared(str(row.name))
+        declaration = declared(str(row.name)) if row.owner == owner() else None
         if declaration is None:
             return None
         call = declaration.call
@@ -120,3 +136,7 @@ def check_call(row: ScheduleModel) -> None:
             call.row()
     except Exception as error:  # a job type's validate may raise anything
         raise ValidationError({"arguments": f"{type(error).__name__}: {error}"}) from error
+    using = row._state.db or get_settings().DATABASE
+    if call is not None and call.alias != using:
+        message = f"Its calls belong to database {call.alias!r}, and the schedule to {using!r}."
+        raise ValidationError({"func_name": message})

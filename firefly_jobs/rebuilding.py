@@ -65,7 +65,7 @@ def _retry_failed(workflow: int, using: str) -> int:
         WorkflowModel.objects.using(using).filter(pk=workflow).update(
             status=WorkflowStatus.RUNNING, error="", is_cancelled=False, ended=None
         )
-        tallies.workflow_revived(row, using=using)
+        tallies.count_revived([row.schedule_id], using=using)
         _Rebuilding(workflow, using).rebuild()
         return len(again)
 

@@ -18,6 +18,7 @@ from django.utils.translation import gettext_lazy as _
 
 from . import cron as cron_rules
 from . import serializers
+from .conf import OWNER_LENGTH_MAX
 from .databases.fields import ExactCharField, PlainJSONField
 from .databases.functions import DatabaseNow
 from .declarations import NAME_LENGTH_MAX as SCHEDULE_NAME_LENGTH_MAX
@@ -34,6 +35,13 @@ CRON_LENGTH_MAX, ZONE_LENGTH_MAX = 200, 64
 # The salt under which a stored call is signed.
 STORED_CALL = "firefly_jobs.schedule"
 _MICROSECOND = timedelta(microseconds=1)
+# What a declaration says about a row, and a person may say instead.
+PLAN_FIELDS: Collection[str] = (
+    *("cron", "timezone", "every", "starts_at", "ends_at", "max_runs"),
+    *("misfire", "overlap", "jitter"),
+)
+# What a person may change.
+CHANGEABLE = (*PLAN_FIELDS, "name", "func_name", "arguments", "saved_job", "is_paused")
 
 
 class Operation(TextChoices):
@@ -94,7 +102,7 @@ class ScheduleModel(models.Model):
     # --- whose it is
     created = models.DateTimeField(_("created"), db_default=DatabaseNow(), editable=False)
     # The project that declares it in its code; empty for one that was made at run time.
-    owner = models.CharField(_("declared by"), max_length=100, blank=True, default="")
+    owner = models.CharField(_("declared by"), max_length=OWNER_LENGTH_MAX, blank=True, default="")
     # What the code said last, so that what a person has changed is told from what it has.
     declared = PlainJSONField(null=True, blank=True, editable=False)
     # Its declaration has gone.
@@ -125,6 +133,14 @@ class ScheduleModel(models.Model):
         default="",
         editable=False,
     )
+    last_func_name = models.CharField(
+        _("last function"),
+        max_length=NAME_LENGTH_MAX,
+        blank=True,
+        db_default="",
+        default="",
+        editable=False,
+    )
     raw_last_result = models.TextField(  # noqa: DJ001 - NULL: nothing was returned
         _("stored last result"), null=True, blank=True, editable=False
     )
@@ -142,11 +158,20 @@ class ScheduleModel(models.Model):
         return str(self.name)
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """Write it; a new one is planned as well.  Later changes are those of :meth:`change`."""
-        if not self._state.adding:
-            super().save(*args, **kwargs)
-            return
+        """Write it; a new one is planned as well.
+
+        Of one that was read, all that a person may change is written as :meth:`change` does:
+        what consumers have written meanwhile is theirs.
+        """
         using = kwargs.get("using") or router.db_for_write(type(self), instance=self)
+        if not self._state.adding and using == self._state.db:
+            fields = kwargs.get("update_fields")
+            fields = CHANGEABLE if fields is None else fields
+            if set(fields) <= set(CHANGEABLE):
+                self.change(**{name: getattr(self, name) for name in fields})
+            else:
+                super().save(*args, **kwargs)
+            return
         with transaction.atomic(using=using):
             super().save(*args, **{**kwargs, "using": using})
             self.change()
@@ -208,7 +233,7 @@ class ScheduleModel(models.Model):
             BadSignature, PayloadError: If what is stored cannot be read.
         """
         if self.raw_last_result is not None:
-            return serializers.loads_returned(self.raw_last_result, task_name=self.func_name)
+            return serializers.loads_returned(self.raw_last_result, task_name=self.last_func_name)
         return self.last_error or None
 
     @property
@@ -243,7 +268,10 @@ class ScheduleModel(models.Model):
         self.change(is_paused=False)
 
     def change(self, **changes: Any) -> None:
-        """Write some columns, plan the next run anew, and take over the row's other values.
+        """Write some columns, and take over the row's other values.
+
+        The next run is planned anew, and what was missed is forgotten, if it recurs otherwise
+        than before: another ``cron``, ``timezone``, ``every`` or ``starts_at``, or a pause.
 
         Args:
             changes: Values of the columns that a person may change.
@@ -279,10 +307,3 @@ def arguments_problem(arguments: Any) -> str | None:
     if is_shaped:
         return None
     return 'Arguments are {"args": [...], "kwargs": {...}}; either may be left out.'
-
-
-# What a declaration says about a row, and a person may say instead.
-PLAN_FIELDS: Collection[str] = (
-    *("cron", "timezone", "every", "starts_at", "ends_at", "max_runs"),
-    *("misfire", "overlap", "jitter"),
-)

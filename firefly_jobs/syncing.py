@@ -3,23 +3,29 @@
 What a person has changed in a row stays as it is: each row remembers what the code said last,
 and only what still says that follows the code.  A row whose declaration has gone is retired,
 not deleted, and comes back with it.
+
+While a deploy replaces one consumer after the other, some declare what others do not.  Then
+the one that has lived longest says what holds: the old code until its last consumer has gone.
+A process of the old code that starts late changes nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple
 
-from django.conf import settings as django_settings
 from django.core.exceptions import ValidationError
-from django.db import IntegrityError, connections
+from django.db import IntegrityError, connections, transaction
 
 from . import databases
-from .conf import get_settings
-from .declarations import Declaration, all_declared, callee
-from .models import ScheduleModel
-from .planning import check_call, locked, plan
+from .declarations import DIGEST_LENGTH, Declaration, all_declared, callee, owner
+from .models import ConsumerModel, ScheduleModel
+from .planning import check_call, locked, plan_after
 from .schedule_models import PLAN_FIELDS
 
 logger = logging.getLogger("firefly_jobs")
@@ -33,84 +39,141 @@ class Synced(NamedTuple):
     retired: list[str]
 
 
-def owner() -> str:
-    """Return whose declarations those of this process are."""
-    if named := get_settings().SCHEDULE_OWNER:
-        return named
-    module = getattr(django_settings, "SETTINGS_MODULE", None) or "project"
-    return str(module).partition(".")[0]
+# Complaints that were made: a sync comes every minute, and one of each is enough.
+_told: set[str] = set()
 
 
-def sync(*, using: str) -> Synced:
+def sync(*, using: str, consumer: int | None = None) -> Synced:
     """Write what is declared here, and retire what this project has declared before.
+
+    A schedule that cannot be written is logged, and keeps the others from nothing.
 
     Args:
         using: Database alias; what belongs to others is left alone.
+        consumer: The consumer that asks; where one that is older declares otherwise, only new
+            schedules are written.
 
     Returns:
         What has changed; nothing if all was in step, and then nothing was written.
     """
     wanted = {item.name: item for item in all_declared() if item.alias == using}
+    may_change = consumer is None or _is_eldest(consumer, wanted.values(), using)
     synced = Synced([], [], [])
     # Mostly all is in step, and one look without a lock says so.
-    rows = {str(row.name): row for row in ScheduleModel.objects.using(using).exclude(owner="")}
+    found = ScheduleModel.objects.using(using).exclude(owner="").defer("raw_last_result")
+    rows = {str(row.name): row for row in found}
     for name, declaration in sorted(wanted.items()):
         row = rows.get(name)
-        if row is None or _changes(row, declaration):
-            _write(declaration, synced, using)
+        if row is None or (may_change and _changes(row, declaration)):
+            _try(name, partial(_write, declaration, synced, using), using)
     for name, row in sorted(rows.items()):
-        if name not in wanted and row.owner == owner() and not row.is_retired:
-            _retire(row.pk, synced, using)
+        is_ours = row.owner == owner() and not row.is_retired
+        if may_change and name not in wanted and is_ours:
+            _try(name, partial(_retire, row.pk, synced, using), using)
     for verb, names in synced._asdict().items():
         if names:
             logger.info("Schedules %s: %s", verb, ", ".join(names))
     return synced
 
 
+def _try(name: str, work: Callable[[], None], using: str) -> None:
+    try:
+        work()
+    except Exception as error:
+        if databases.of(using).is_lost(error):
+            raise
+        _complain("Schedule %s could not be brought in step with the code: %s", name, error)
+
+
+def _complain(message: str, name: str, *words: object) -> None:
+    text = message % (name, *words)
+    if text not in _told:
+        _told.add(text)
+        logger.error("%s", text)
+
+
+def _is_eldest(consumer: int, declarations: Iterable[Declaration], using: str) -> bool:
+    """Note what a consumer declares, and return whether no older one declares otherwise."""
+    said = sorted([item.name, item.alias, _as_json(item)] for item in declarations)
+    digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=DIGEST_LENGTH // 2).hexdigest()
+    ours = ConsumerModel.objects.using(using).filter(schedule_owner=owner())
+    if not ours.filter(pk=consumer, declared=digest).exists():
+        ConsumerModel.objects.using(using).filter(pk=consumer).update(
+            schedule_owner=owner(), declared=digest
+        )
+    elder = ours.filter(pk__lt=consumer).exclude(declared=digest).order_by("pk").first()
+    if elder is not None:
+        logger.info(
+            "Schedules follow consumer %s, which is older and declares others, until it has ended",
+            elder,
+        )
+    return elder is None
+
+
 def _write(declaration: Declaration, synced: Synced, using: str) -> None:
-    if _insert(declaration, using):
-        synced.created.append(declaration.name)
-        return
+    is_new = _insert(declaration, using)
     with databases.of(using).own_transaction(connections[using]):
         row = locked(using).get(name=declaration.name)
-        if not row.owner:
-            logger.error(
-                "Schedule %s is declared by the code, but was made by hand before, and is left as "
-                "it is. Rename or delete the one in the database",
-                row.name,
-            )
+        if not is_new and not _may_be_taken(row, using):
             return
         changes = _changes(row, declaration)
+        if not is_new and not changes:
+            return
         for name, value in changes.items():
             setattr(row, name, value)
-        if changes:
-            _check(row)
-            plan(row, row.now)
-            row.save(using=using)
-            synced.changed.append(declaration.name)
+        columns = [*changes, "next_run"]
+        if (problem := _problem(row)) is not None:
+            row.last_error, columns = problem, [*columns, "last_error"]
+        plan_after(row, changes, row.now)
+        row.save(using=using, update_fields=columns)
+    (synced.created if is_new else synced.changed).append(declaration.name)
 
 
 def _insert(declaration: Declaration, using: str) -> bool:
     """Write a new row, unless there is one, perhaps of a consumer that starts as well."""
-    if ScheduleModel.objects.using(using).filter(name=declaration.name).exists():
+    rows = ScheduleModel.objects.using(using)
+    if rows.filter(name=declaration.name).exists():
         return False
     row = ScheduleModel(name=declaration.name, owner=owner(), **_said(declaration))
     row.declared = _as_json(declaration)
     try:
-        with databases.of(using).own_transaction(connections[using]):
-            row.save(using=using)
+        with transaction.atomic(using=using):
+            rows.bulk_create([row])
     except IntegrityError:
         return False
     return True
 
 
-def _check(row: ScheduleModel) -> None:
+def _may_be_taken(row: ScheduleModel, using: str) -> bool:
+    """Return whether a row is ours, or that of a project which is not there any more."""
+    if not row.owner:
+        _complain(
+            "Schedule %s is declared by the code, but was made by hand before, and is left as it "
+            "is. Rename or delete the one in the database",
+            str(row.name),
+        )
+        return False
+    others = ConsumerModel.objects.using(using).filter(schedule_owner=row.owner)
+    if row.owner == owner() or not others.exists():
+        return True
+    _complain(
+        "Schedule %s is declared by project %s as well, whose consumers run, and is left to it. "
+        "Names are unique in a database: give one of them another with name=",
+        str(row.name),
+        row.owner,
+    )
+    return False
+
+
+def _problem(row: ScheduleModel) -> str | None:
     try:
         row.clean()
         check_call(row)
     except ValidationError as error:
-        row.last_error = f"Cannot run: {'; '.join(error.messages)}"
-        logger.exception("Schedule %s does not fit its call any more", row.name)
+        problem = f"Cannot run: {'; '.join(error.messages)}"
+        _complain("Schedule %s does not fit its call any more. %s", str(row.name), problem)
+        return problem
+    return None
 
 
 def _retire(pk: int, synced: Synced, using: str) -> None:
@@ -134,7 +197,7 @@ def _changes(row: ScheduleModel, declaration: Declaration) -> dict[str, Any]:
         changes["declared"] = now
     if row.is_retired:
         changes["is_retired"] = False
-    if row.owner and row.owner != owner():
+    if row.owner != owner():
         changes["owner"] = owner()
     return changes
 

@@ -1,8 +1,9 @@
-"""Fire what schedules are due for, on a thread of each consumer.
+"""Fire what schedules are due for, and keep them in step with the code, on a consumer's thread.
 
 The thread sleeps until the next moment that a schedule names, by the database's clock, and
-looks now and then whether somebody has changed one.  It has a connection of its own: a call
-that is written may have to wait for a lock, and neither claims nor heartbeats should.
+looks now and then whether somebody has changed one.  It has a connection of its own, where
+anything is planned: a call that is written may have to wait for a lock, and neither claims
+nor heartbeats should.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ logger = logging.getLogger("firefly_jobs")
 # A schedule that was made or changed is noticed within this time; where nothing is planned,
 # which costs most projects least, within the longer one.
 LOOK_SECONDS, IDLE_LOOK_SECONDS = 5.0, 30.0
-# Another consumer may be firing what is due.
+# Another consumer may be firing what is due, and the ends of many calls may come at once.
 _LOOK_SECONDS_MIN = 0.02
-# After this time others may have made known here what was not.
-_UNKNOWN_SECONDS = 60.0
+# What queues behind its former call is looked at so often.
+QUEUED_LOOK_SECONDS = 1.0
+# After this time others may have made known here what was not, or freed what they held.
+_UNKNOWN_SECONDS, _HELD_SECONDS = 60.0, 5.0
+SYNC_SECONDS = 60.0
 _BACK_OFF_SECONDS_MAX = 5.0
 
 
@@ -37,7 +41,7 @@ class Ticker(threading.Thread):
     Args:
         using: Database alias.
         owner: Returns the consumer's id.
-        on_fired: Called when calls were written.
+        on_fired: Called when calls were written, and once all that was due at the start is.
     """
 
     def __init__(
@@ -45,26 +49,17 @@ class Ticker(threading.Thread):
     ) -> None:
         super().__init__(name="firefly-ticker", daemon=True)
         self._using = using
+        self._owner = owner
         self._on_fired = on_fired
         self._bell = threading.Event()
         self._is_stopping = False
-        self._first_pause = 0.0
         self._connection = KeptConnection(using, owner=owner)
-        self._unknown: dict[int, float] = {}
-
-    def start(self) -> None:
-        """Write what is declared, fire what is due by now, and start the thread.
-
-        A failure is told, and no reason not to start.
-        """
-        try:
-            syncing.sync(using=self._using)
-            while (pause := self.look()) == 0.0:
-                logger.debug("Fired what was due before the start")
-            self._first_pause = pause
-        except Exception:
-            logger.exception("The schedules could not be brought in step with the code")
-        super().start()
+        # Schedules that are left alone, and until when.
+        self._besides: dict[int, float] = {}
+        # Those that wait for the end of what they have started.
+        self._queued: frozenset[int] = frozenset()
+        self._sync_at = 0.0
+        self.has_caught_up = False
 
     def stop(self) -> None:
         """End the thread."""
@@ -72,13 +67,13 @@ class Ticker(threading.Thread):
         self._bell.set()
 
     def ended(self, claim: Claim) -> None:
-        """Look at once: what has just ended may let an occurrence go that has waited for it."""
-        if claim.schedule is not None:
+        """Look at once if what has just ended may let an occurrence go that has waited for it."""
+        if claim.schedule in self._queued:
             self._bell.set()
 
     def run(self) -> None:
         """Look until stopped."""
-        pause, back_off = self._first_pause, 0.1
+        pause = back_off = 0.0
         while True:
             self._bell.wait(pause)
             self._bell.clear()
@@ -86,33 +81,59 @@ class Ticker(threading.Thread):
                 break
             try:
                 self._connection.ensure()
-                pause, back_off = self.look(), 0.1
-            except Exception as error:
-                database = databases.of(self._using)
-                is_busy = database.is_busy(error) or database.is_conflict(error)
-                logger.log(
-                    logging.DEBUG if is_busy else logging.WARNING,
-                    "Looking for due schedules failed, will try again: %s",
-                    error,
-                    exc_info=None if isinstance(error, Error) else error,
-                )
+                self._sync()
+                pause, back_off = self.look(), 0.0
+            except Exception as error:  # noqa: BLE001 - one turn of a loop that must survive a restart of the server
+                is_busy = self._tell(error)
+                back_off = min(max(back_off * 2, 0.1), _BACK_OFF_SECONDS_MAX)
+                pause = back_off * (0.5 + random.random())  # noqa: S311 - no secret
                 if not is_busy:
                     self._connection.close()
-                back_off = min(back_off * 2, _BACK_OFF_SECONDS_MAX)
-                pause = back_off * (0.5 + random.random())  # noqa: S311 - no secret
+                    self._catch_up()
+            else:
+                if pause > 0:
+                    self._catch_up()
+                if pause >= IDLE_LOOK_SECONDS:
+                    self._connection.close()
         self._connection.close()
+
+    def _tell(self, error: Exception) -> bool:
+        """Log what has happened; return whether others are the reason."""
+        database = databases.of(self._using)
+        is_busy = database.is_busy(error) or database.is_conflict(error)
+        logger.log(
+            logging.DEBUG if is_busy else logging.WARNING,
+            "Looking for due schedules failed, will try again: %s",
+            error,
+            exc_info=None if isinstance(error, Error) else error,
+        )
+        return is_busy
+
+    def _catch_up(self) -> None:
+        if not self.has_caught_up:
+            self.has_caught_up = True
+            self._on_fired()
+
+    def _sync(self) -> None:
+        if monotonic() >= self._sync_at:
+            syncing.sync(using=self._using, consumer=self._owner())
+            # Not all consumers of a deploy at the same moment.
+            self._sync_at = monotonic() + SYNC_SECONDS * (0.75 + random.random() / 2)  # noqa: S311 - no secret
 
     def look(self) -> float:
         """Fire what is due, and return in how many seconds to look again."""
         now = monotonic()
-        self._unknown = {pk: until for pk, until in self._unknown.items() if until > now}
-        next_seconds = firing.seconds_until_next(using=self._using, besides=self._unknown)
-        if next_seconds is None:
-            return IDLE_LOOK_SECONDS
-        if next_seconds > 0:
-            return min(next_seconds, LOOK_SECONDS)
-        fired = firing.fire_due(using=self._using, besides=self._unknown)
-        self._unknown.update(dict.fromkeys(fired.unknown, now + _UNKNOWN_SECONDS))
+        self._besides = {pk: until for pk, until in self._besides.items() if until > now}
+        agenda = firing.agenda(using=self._using, ahead_seconds=LOOK_SECONDS, besides=self._besides)
+        self._queued = agenda.queued
+        if agenda.seconds is None and not agenda.queued:
+            return LOOK_SECONDS if self._besides else IDLE_LOOK_SECONDS
+        longest = QUEUED_LOOK_SECONDS if agenda.queued else LOOK_SECONDS
+        if agenda.seconds is None or agenda.seconds > 0:
+            return longest if agenda.seconds is None else min(agenda.seconds, longest)
+        fired = firing.fire_due(using=self._using, besides=self._besides)
+        self._besides.update(dict.fromkeys(fired.unknown, now + _UNKNOWN_SECONDS))
+        self._besides.update(dict.fromkeys(fired.held, now + _HELD_SECONDS))
         if fired.calls:
             self._on_fired()
         # Those who look at the same moment should not do so again and again.

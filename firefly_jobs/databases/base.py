@@ -169,6 +169,22 @@ class Database(Completing):
             row = cursor.fetchone()
         return None if row is None else int(row[0])
 
+    def taken_keys(self, connection: Any, keys: Sequence[str]) -> set[str]:
+        """Return which of some keys are taken, as far as that can be told without waiting.
+
+        In a transaction of our own, which is READ COMMITTED.
+
+        Raises:
+            Error: A conflict, where somebody is about to take or to free one.
+        """
+        with connection.cursor() as cursor:
+            cursor.execute(self._taken_sql(len(keys)), list(keys))
+            return {key for (key,) in cursor.fetchall()}
+
+    def _taken_sql(self, count: int) -> str:
+        marks = ", ".join(["%s"] * count)
+        return f"SELECT active_key FROM {TABLE} WHERE active_key IN ({marks})"  # noqa: S608 - only our own names are formatted in
+
     def returning_id(self, connection: Any) -> str:  # noqa: ARG002 - not everywhere
         """Return the clause that makes an INSERT tell the ids, if there is one."""
         return " RETURNING id"

@@ -279,6 +279,15 @@ class MySQL(Database):
             for pk in self.insert_unless_taken(connection, [row], columns=columns)
         ]
 
+    def _taken_sql(self, count: int) -> str:
+        """Lock what is there, or raise at once.
+
+        An INSERT that waits for the owner of a key closes the gap in front of it, also when it
+        has given up, until that owner's transaction ends; and in front of the first key is where
+        all rows without one go.
+        """
+        return f"{super()._taken_sql(count)} FOR UPDATE NOWAIT"
+
     def holder(self, connection: Any, key: str) -> int | None:
         """Read the entry of the index that the failed INSERT has locked, and nothing else."""
         # A plain SELECT under REPEATABLE READ shows the snapshot, where the row may not be

@@ -1,6 +1,12 @@
 """What every conformance test may ask for."""
 
+from unittest import mock
+
 import pytest
+
+from firefly_jobs import declarations
+from firefly_jobs.declarations import Declaration
+from tests.conformance import tasks
 
 
 @pytest.fixture
@@ -11,3 +17,12 @@ def jobs(settings):
         settings.FIREFLY_JOBS = {**settings.FIREFLY_JOBS, **values}
 
     return change
+
+
+@pytest.fixture
+def declare():
+    """Declare schedules as modules do, for one test."""
+    with mock.patch.object(declarations, "_declarations", {}):
+        yield lambda name="nightly", call=None, **words: declarations._declarations.update(
+            {name: Declaration(name=name, call=call or tasks.nothing.job, **words)}
+        )

@@ -10,14 +10,21 @@ from django.core.exceptions import ValidationError
 from django.db import DatabaseError, connection, transaction
 
 from firefly_jobs import Workflow, current_task, declarations, firing, lifecycle, syncing, tallies
-from firefly_jobs.declarations import Declaration
 from firefly_jobs.exceptions import Retry, ScheduleError
 from firefly_jobs.models import ScheduleModel, TaskModel, WorkflowModel
 from firefly_jobs.recurring import recurring_job
 from firefly_jobs.ticker import Ticker
 from tests.conformance import tasks
+from tests.conformance.schedule_support import (
+    agenda,
+    call_of,
+    every,
+    fire,
+    late,
+    occurrences,
+    read,
+)
 from tests.conformance.support import outside, run_burst
-from tests.factories import unique_name
 from tests.support.clocks import database_clock
 from tests.support.threads import Concurrent
 from tests.testapp.models import Effect
@@ -25,43 +32,6 @@ from tests.testapp.models import Effect
 pytestmark = pytest.mark.django_db(transaction=True)
 
 HOUR = 3_600
-
-
-def call_of(body):
-    """Return a job that calls a test's function."""
-    key = unique_name("scheduled")
-    tasks.BODIES[key] = body
-    return tasks.call.job.with_args(key)
-
-
-def every(seconds=60, job=None, name="often", **options):
-    """Write a schedule of an interval, at run time."""
-    return recurring_job(name, job or tasks.nothing.job, every=seconds, **options)
-
-
-def late(schedule, seconds):
-    """Move a schedule into the past, so that its next run was due so many seconds ago."""
-    schedule.refresh_from_db()
-    back = schedule.next_run - datetime.now(UTC) + timedelta(seconds=seconds)
-    ScheduleModel.objects.filter(pk=schedule.pk).update(
-        created=schedule.created - back, next_run=schedule.next_run - back
-    )
-    schedule.refresh_from_db()
-    return schedule.next_run
-
-
-def fire():
-    return firing.fire_due(using="default").calls
-
-
-def read(schedule, *names):
-    schedule.refresh_from_db()
-    values = tuple(getattr(schedule, name) for name in names)
-    return values if len(names) > 1 else values[0]
-
-
-def occurrences(schedule):
-    return [task.occurrence for task in schedule.tasks.order_by("occurrence")]
 
 
 # --- firing
@@ -158,7 +128,7 @@ def test_a_call_that_is_not_known_here_is_left_to_others():
 
     assert (fired.calls, set(fired.unknown)) == (0, {schedule.pk})
     assert read(schedule, "next_run") == moment
-    assert firing.seconds_until_next(using="default", besides=fired.unknown) is None
+    assert agenda(besides=fired.unknown) == (None, frozenset())
 
 
 def test_a_row_that_cannot_be_read_keeps_the_others_from_nothing(caplog):
@@ -231,10 +201,7 @@ def test_thousands_of_missed_occurrences_are_made_up_for_in_portions():
     schedule = every(60, misfire="all", overlap="allow")
     late(schedule, 60 * 1_500 + 5)
 
-    fired = [firing.fire_due(using="default") for _ in range(3)]
-
-    assert [one.calls for one in fired] == [1_000, 501, 0]
-    assert [one.is_all for one in fired] == [False, True, True]
+    assert [fire() for _ in range(3)] == [1_000, 501, 0]
     assert len(set(occurrences(schedule))) == 1_501
 
 
@@ -242,7 +209,7 @@ def test_thousands_of_missed_occurrences_are_made_up_for_in_portions():
 
 
 def test_an_occurrence_is_left_out_while_a_former_one_has_not_ended():
-    schedule = every(60, overlap="skip", misfire="all")
+    schedule = every(60, overlap="skip")
     late(schedule, 5)
     assert fire() == 1
     late(schedule, 65)
@@ -258,7 +225,7 @@ def test_an_occurrence_waits_for_the_former_one_and_none_is_lost():
     assert fire() == 1
     late(schedule, 125)
     assert fire() == 0
-    assert firing.seconds_until_next(using="default") == firing.QUEUED_LOOK_SECONDS
+    assert agenda() == (None, frozenset({schedule.pk}))
     while read(schedule, "success_count") < 4:
         # Its end lets the next one go, though that is not the latest that was missed.
         fire()
@@ -401,7 +368,7 @@ def test_a_schedule_without_a_plan_runs_by_hand_only():
 
 
 def test_a_paused_one_makes_up_for_nothing():
-    schedule = every(60, misfire="all")
+    schedule = every(60, misfire="all", overlap="allow")
     schedule.pause()
     assert (schedule.next_run, schedule.upcoming()) == (None, [])
     assert fire() == 0
@@ -499,15 +466,6 @@ def test_a_workflow_that_fails_counts_and_counts_again_when_it_is_run_again():
 
 
 # --- declared
-
-
-@pytest.fixture
-def declare():
-    """Declare schedules as modules do, for one test."""
-    with mock.patch.object(declarations, "_declarations", {}):
-        yield lambda name="nightly", call=None, **words: declarations._declarations.update(
-            {name: Declaration(name=name, call=call or tasks.nothing.job, **words)}
-        )
 
 
 def test_declarations_become_rows_once(declare):
@@ -622,7 +580,7 @@ def test_a_clock_that_jumps_back_fires_nothing_twice():
         assert fire() == 3
     with database_clock(connection, first):
         assert fire() == 0
-        assert firing.seconds_until_next(using="default") == 3 * HOUR
+        assert agenda().seconds == 3 * HOUR
     with database_clock(connection, first + timedelta(hours=3, seconds=1)):
         assert fire() == 1
     assert occurrences(schedule) == [first + timedelta(hours=n) for n in range(4)]
