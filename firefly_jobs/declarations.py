@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from django.conf import settings as django_settings
@@ -17,9 +17,11 @@ from django.utils.translation import gettext_lazy as _
 from .conf import DURATION_SECONDS_MAX, get_settings
 from .cron import parse, zone_of
 from .exceptions import TaskDefinitionError
-from .recurrence import Interval
+from .recurrence import Interval, jitter_seconds
+from .storable import CHARACTERS, is_storable
 
 NAME_LENGTH_MAX, DIGEST_LENGTH = 200, 32
+RUNS_MAX = 2**31 - 1
 
 
 class Misfire(TextChoices):
@@ -44,10 +46,20 @@ class Occurrence(NamedTuple):
     Attributes:
         schedule: The schedule's id.
         moment: When it was planned for; ``None`` if a person started it.
+        jitter: Seconds by which such starts are spread.
     """
 
     schedule: int
     moment: datetime | None
+    jitter: float = 0.0
+
+    @property
+    def due(self) -> datetime | None:
+        """When its call is due; ``None``: at once."""
+        if self.moment is None:
+            return None
+        seconds = jitter_seconds(str(self.schedule), self.moment, self.jitter)
+        return self.moment + timedelta(seconds=seconds)
 
     @property
     def is_manual(self) -> bool:  # noqa: D102 - see above
@@ -61,6 +73,7 @@ class Declaration:
     Attributes:
         name: Unique in the database.
         call: A job or a workflow.
+        former_names: What it was called before.
         cron / every: A cron expression, or seconds; neither: it runs by hand only.
         timezone: IANA name of the zone in which ``cron`` is read.
         starts_at / ends_at: Aware moments between which it runs.
@@ -74,6 +87,8 @@ class Declaration:
 
     name: str
     call: Any
+    # What it was called before: rows under these names are its own.
+    former_names: tuple[str, ...] = ()
     cron: str = ""
     every: float | None = None
     timezone: str = ""
@@ -121,6 +136,8 @@ def _name_problem(plan: Any) -> tuple[str, str] | None:
     name = plan.name
     if not isinstance(name, str) or not name or name != name.strip():
         return "name", f"It must be a text without outer spaces, got {name!r}."
+    if not is_storable(name):
+        return "name", f"It has {CHARACTERS}."
     if len(name) > NAME_LENGTH_MAX:
         return "name", f"It must have {NAME_LENGTH_MAX} characters at most, and has {len(name)}."
     return None
@@ -152,6 +169,8 @@ def _span_problem(plan: Any) -> tuple[str, str] | None:
         moment = getattr(plan, word)
         if moment is not None and (not isinstance(moment, datetime) or moment.tzinfo is None):
             return word, f"It must be an aware datetime, got {moment!r}."
+        if moment is not None and not 1000 <= moment.year < 9999:  # noqa: PLR2004 - what all databases hold, in any zone
+            return word, f"It must be between the years 1000 and 9998, got {moment!r}."
     if plan.starts_at and plan.ends_at and plan.ends_at < plan.starts_at:
         return "ends_at", f"It ends at {plan.ends_at}, before it starts at {plan.starts_at}."
     return None
@@ -159,8 +178,10 @@ def _span_problem(plan: Any) -> tuple[str, str] | None:
 
 def _number_problem(plan: Any) -> tuple[str, str] | None:
     runs, jitter = plan.max_runs, plan.jitter
-    if runs is not None and (isinstance(runs, bool) or not isinstance(runs, int) or runs < 1):
-        return "max_runs", f"It must be a whole number, 1 or more, or empty for ever; got {runs!r}."
+    is_count = isinstance(runs, int) and not isinstance(runs, bool) and 1 <= runs <= RUNS_MAX
+    if runs is not None and not is_count:
+        message = f"It must be a whole number, 1 to {RUNS_MAX:,}, or empty for ever; got {runs!r}."
+        return "max_runs", message
     is_number = isinstance(jitter, int | float) and not isinstance(jitter, bool)
     if not is_number or not 0 <= jitter <= DURATION_SECONDS_MAX:
         return "jitter", f"It must be 0 to {DURATION_SECONDS_MAX} seconds, got {jitter!r}."
@@ -174,11 +195,11 @@ def declare(declaration: Declaration) -> None:
     """Remember what a module declares.
 
     Raises:
-        TaskDefinitionError: If another call has the name.  The same one again, of a module that
-            is reloaded, replaces what was there.
+        TaskDefinitionError: If another one has the name.  That of a module that is reloaded
+            replaces what was there.
     """
     other = _declarations.get(declaration.name)
-    if other is not None and _kind(other.call) != _kind(declaration.call):
+    if other is not None and other != declaration and not _is_reloaded(other, declaration):
         message = (
             f"The schedule {declaration.name!r} of {_kind(declaration.call)} cannot be declared: "
             f"{_kind(other.call)} has that name already. Names are unique; give one of them "
@@ -201,6 +222,12 @@ def all_declared() -> Iterator[Declaration]:
 def callee(call: Any) -> str:
     """Return the name of the task or the workflow that a call is one of."""
     return str(call.task.name if hasattr(call, "task") else call.name)
+
+
+def _is_reloaded(other: Declaration, declaration: Declaration) -> bool:
+    """Return whether both may be the same lines of code, run again: its task is a new object."""
+    task, before = (getattr(d.call, "task", d.call) for d in (declaration, other))
+    return _kind(declaration.call) == _kind(other.call) and task is not before
 
 
 def _kind(call: Any) -> str:

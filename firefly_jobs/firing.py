@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from datetime import datetime, timedelta
+from contextlib import suppress
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from django.core.exceptions import ImproperlyConfigured
@@ -26,7 +27,7 @@ from .exceptions import ScheduleError
 from .jobs import Job
 from .models import ScheduleModel, TaskModel, WorkflowModel
 from .planning import call_of, locked
-from .recurrence import Recurrence, due, jitter_seconds
+from .recurrence import Recurrence, due
 from .schedule_models import Operation
 from .states import Status
 
@@ -124,6 +125,22 @@ def fire_due(*, using: str, besides: Collection[int] = ()) -> Fired:
     return Fired(calls, frozenset(unknown), frozenset(held))
 
 
+def note_waiting(schedules: Collection[int], *, using: str) -> None:
+    """Note of schedules that are due and wait for the end of a call that somebody saw them wait.
+
+    Else nobody could tell later what had to wait from what was missed.  Written once for each
+    occurrence.
+    """
+    due_now = ScheduleModel.objects.using(using).filter(_QUEUES, next_run__lte=DatabaseNow())
+    rows = due_now.filter(pk__in=schedules).defer("raw_last_result", "last_error")
+    row: Any
+    for row in rows.annotate(now=DatabaseNow()):
+        with suppress(ValueError, ImproperlyConfigured):
+            latest = _insist(row.recurrence).latest_until(row.now) or row.next_run
+            if row.waited_until is None or row.waited_until < max(latest, row.next_run):
+                due_now.filter(pk=row.pk).update(waited_until=row.now)
+
+
 def _fire(pk: int, using: str) -> int | None:
     """Fire a schedule if it is still due; return how often, ``None``: it is not for us to do."""
     rows = locked(using, skips=True).exclude(_QUEUES)
@@ -193,8 +210,8 @@ def _policy(row: Any) -> tuple[str, int]:
     if row.overlap == Overlap.SKIP and row.active_count:
         return Misfire.SKIP, 0
     if row.overlap == Overlap.QUEUE:
-        # The first is late because it had to wait, or because nobody was there.
-        had_to_wait = row.last_ended is not None and row.last_ended >= row.next_run
+        # The first is late because it had to wait, or because nobody was there to see it wait.
+        had_to_wait = row.waited_until is not None and row.waited_until >= row.next_run
         return (Misfire.ALL if had_to_wait else row.misfire), min(limit, 1)
     return row.misfire, min(limit, OCCURRENCES_MAX)
 
@@ -209,23 +226,21 @@ def _start_all(row: Any, call: Any, moments: Collection[datetime], using: str) -
             f"Its calls belong to database {call.alias!r}, and the schedule stands in {using!r}."
         )
         raise ScheduleError(message)
-    occurrences = [Occurrence(row.pk, moment) for moment in moments]
+    occurrences = [Occurrence(row.pk, moment, row.jitter) for moment in moments]
     if not isinstance(call, Job):
         for occurrence in occurrences:
             call.start(occurrence)
         return len(occurrences)
-    tasks = [_row(call, occurrence, row.jitter) for occurrence in occurrences]
+    tasks = [_row(call, occurrence) for occurrence in occurrences]
     return len(_insert(tasks, using))
 
 
-def _row(call: Job, occurrence: Occurrence, jitter: float) -> TaskModel:
+def _row(call: Job, occurrence: Occurrence) -> TaskModel:
     row = call.row()
     row.schedule_id, row.occurrence = occurrence.schedule, occurrence.moment
     row.is_manual = occurrence.is_manual
-    if occurrence.moment is not None:
-        row.not_before = occurrence.moment + timedelta(
-            seconds=jitter_seconds(str(occurrence.schedule), occurrence.moment, jitter)
-        )
+    if occurrence.due is not None:
+        row.not_before = occurrence.due
     return row
 
 
@@ -262,7 +277,7 @@ def run_now(pk: int, *, using: str) -> TaskModel | WorkflowModel:
         occurrence = Occurrence(pk, None)
         started: TaskModel | WorkflowModel
         if isinstance(call, Job):
-            written = _insert([_row(call, occurrence, 0.0)], using)
+            written = _insert([_row(call, occurrence)], using)
             if not written:
                 message = (
                     f"Schedule {row.name!r} was not started: a call with its unique key has not "

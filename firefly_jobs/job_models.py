@@ -15,6 +15,7 @@ from django.utils.translation import gettext_lazy as _
 
 from .databases.fields import PlainJSONField
 from .databases.functions import DatabaseNow
+from .storable import json_problem
 
 if TYPE_CHECKING:
     from .models import TaskModel
@@ -207,4 +208,6 @@ class SavedJob(models.Model):
         if self.job_args is None:
             # What an empty field of a form stands for.
             self.job_args = {}
+        if (problem := json_problem(self.job_args)) is not None:
+            raise ValidationError({"job_args": problem})
         check_saved(self)

@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, overload
 
+from . import registry
 from .conf import get_settings, suggestion
 from .exceptions import TaskDefinitionError
 from .limits import Concurrency, LimitKey, RateLimit
@@ -189,11 +190,15 @@ class Job(metaclass=_JobType):
         raise AttributeError(message)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A read-only view cannot be pickled.
-        return {**self.__dict__, "kwargs": dict(self.kwargs)}
+        # A read-only view cannot be pickled.  Of the options only what differs from the code's:
+        # that may have functions, and may be another when the job is read.
+        changed = self.options.differences(registry.find(self.task.name).options)
+        return {**self.__dict__, "kwargs": dict(self.kwargs), "options": changed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, kwargs=MappingProxyType(state["kwargs"]))
+        options = state["task"].options.with_differences(state["options"])
+        kwargs = MappingProxyType(state["kwargs"])
+        self.__dict__.update(state, kwargs=kwargs, options=options)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Job) or type(other) is not type(self):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, get_args
@@ -34,6 +35,7 @@ from .resources import Limit, fold
 from .retries import Fixed, RetryStrategy, exception_names
 from .serializers import FORMATS
 from .signatures import check_called_by_name
+from .storable import CHARACTERS, is_storable, json_text
 
 NAME_LENGTH_MAX = LABEL_LENGTH_MAX = 200
 KEY_LENGTH_MAX = 255
@@ -119,6 +121,18 @@ class TaskOptions:
         _require("check_types", self.check_types, (bool,), "True or False")
         _require("database", self.database, (str, type(None)), "an alias of DATABASES")
         check_eta(self.eta)
+
+    def differences(self, other: TaskOptions) -> dict[str, Any]:
+        """Return the words that say something else here than in ``other``, with their values."""
+        values = {word.name: getattr(self, word.name) for word in fields(self)}
+        return {word: value for word, value in values.items() if value != getattr(other, word)}
+
+    def with_differences(self, differences: Mapping[str, Any]) -> TaskOptions:
+        """Return a copy with these values, which are such as :meth:`differences` has returned."""
+        found = copy(self)
+        for word, value in differences.items():
+            object.__setattr__(found, word, value)
+        return found
 
     def _set(self, word: str, value: Any) -> None:
         object.__setattr__(self, word, value)
@@ -377,17 +391,9 @@ def check_text(word: str, text: Any, longest: int, *, least: int = 0) -> None:
     if not least <= len(text) <= longest:
         message = f"{word} must have {least} to {longest:,} characters, got {len(text):,}."
         raise ValueError(message)
-    if "\0" in text or not _is_unicode(text):
-        message = f"{word} has a character that no database stores: NUL, or half a surrogate pair."
+    if not is_storable(text):
+        message = f"{word} has {CHARACTERS}."
         raise ValueError(message)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def plain_metadata(metadata: Any) -> dict[str, Any]:
@@ -396,7 +402,7 @@ def plain_metadata(metadata: Any) -> dict[str, Any]:
     if not metadata:
         return {}
     try:
-        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
+        text = json_text(dict(metadata))
     except (TypeError, ValueError) as error:
         message = f"metadata must be what JSON can hold: {error}."
         raise type(error)(message) from None
@@ -404,9 +410,6 @@ def plain_metadata(metadata: Any) -> dict[str, Any]:
         message = (
             f"metadata may take {METADATA_LENGTH_MAX:,} characters as JSON, got {len(text):,}."
         )
-        raise ValueError(message)
-    if "\\u0000" in text or not _is_unicode(text):
-        message = "metadata has a character that no database stores: NUL, or half a surrogate pair."
         raise ValueError(message)
     found: dict[str, Any] = json.loads(text)
     return found

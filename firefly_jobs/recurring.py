@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, tzinfo
 from typing import Any, TypeVar
 
 from django.apps import apps
@@ -76,8 +76,9 @@ def recurring(
         job = Job(task, args, kwargs)
         declare(
             _declaration(
-                name or job.task.name,
+                job.task.name if name is None else name,
                 job,
+                former_names=job.task.options.aliases if name is None else (),
                 cron=cron,
                 every=every,
                 timezone=timezone,
@@ -145,8 +146,11 @@ def recurring_job(
 
 def _declaration(name: str, call: Any, **words: Any) -> Declaration:
     cron, every, zone = words.pop("cron"), words.pop("every"), words.pop("timezone")
-    if cron is not None and not zone:
+    if cron is not None and zone is None:
         zone = django_settings.TIME_ZONE
+    if isinstance(zone, tzinfo):
+        # A ZoneInfo's name.
+        zone = str(zone)
     jitter = words.pop("jitter", 0)
     declaration = Declaration(
         name=name,
@@ -165,7 +169,9 @@ def _declaration(name: str, call: Any, **words: Any) -> Declaration:
 
 
 def _is_at_the_top_of_a_module(depth: int) -> bool:
-    return sys._getframe(depth).f_code.co_name == "<module>"  # noqa: SLF001 - inspect's way reads source files
+    code = sys._getframe(depth).f_code  # noqa: SLF001 - inspect's way reads source files
+    # What is typed into a shell has no file.
+    return code.co_name == "<module>" and not code.co_filename.startswith("<")
 
 
 def _seconds(word: str, value: Any) -> float:

@@ -27,6 +27,7 @@ from .job_models import SavedJob
 from .options import NAME_LENGTH_MAX
 from .recurrence import Interval, Recurrence
 from .states import Status
+from .storable import json_problem
 
 if TYPE_CHECKING:
     from .models import TaskQuerySet
@@ -110,6 +111,8 @@ class ScheduleModel(models.Model):
 
     # --- how it goes
     next_run = models.DateTimeField(_("next run"), null=True, blank=True, editable=False)
+    # With overlap="queue": until when somebody saw that it was due and waited.
+    waited_until = models.DateTimeField(_("waited until"), null=True, blank=True, editable=False)
     last_run = models.DateTimeField(_("last run"), null=True, blank=True, editable=False)
     run_count = models.PositiveIntegerField(_("runs"), default=0, editable=False)
     manual_count = models.PositiveIntegerField(_("runs by hand"), default=0, editable=False)
@@ -164,6 +167,9 @@ class ScheduleModel(models.Model):
         what consumers have written meanwhile is theirs.
         """
         using = kwargs.get("using") or router.db_for_write(type(self), instance=self)
+        if self._state.adding:
+            # Before a database makes something else of it.
+            self.clean()
         if not self._state.adding and using == self._state.db:
             fields = kwargs.get("update_fields")
             fields = CHANGEABLE if fields is None else fields
@@ -292,6 +298,13 @@ class ScheduleModel(models.Model):
         problems = problems_of(self)
         if self.arguments is not None and (complaint := arguments_problem(self.arguments)):
             problems["arguments"] = complaint
+        if self.saved_job is not None and not (
+            self.saved_job.target_type and self.saved_job.relation
+        ):
+            problems["saved_job"] = (
+                "This saved job has no target with a relation, so a schedule cannot say what to "
+                "start it on."
+            )
         if problems:
             raise ValidationError(problems)
 
@@ -305,5 +318,5 @@ def arguments_problem(arguments: Any) -> str | None:
         and isinstance(arguments.get("kwargs", {}), dict)
     )
     if is_shaped:
-        return None
+        return json_problem(arguments)
     return 'Arguments are {"args": [...], "kwargs": {...}}; either may be left out.'

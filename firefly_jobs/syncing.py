@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,14 @@ from django.core.exceptions import ValidationError
 from django.db import IntegrityError, connections, transaction
 
 from . import databases
-from .declarations import DIGEST_LENGTH, Declaration, all_declared, callee, owner
+from .declarations import (
+    DIGEST_LENGTH,
+    Declaration,
+    all_declared,
+    callee,
+    owner,
+    problems_of,
+)
 from .models import ConsumerModel, ScheduleModel
 from .planning import check_call, locked, plan_after
 from .schedule_models import PLAN_FIELDS
@@ -50,30 +57,47 @@ def sync(*, using: str, consumer: int | None = None) -> Synced:
 
     Args:
         using: Database alias; what belongs to others is left alone.
-        consumer: The consumer that asks; where one that is older declares otherwise, only new
-            schedules are written.
+        consumer: The consumer that asks: where one that is older declares otherwise, nothing is
+            written.
 
     Returns:
         What has changed; nothing if all was in step, and then nothing was written.
     """
     wanted = {item.name: item for item in all_declared() if item.alias == using}
-    may_change = consumer is None or _is_eldest(consumer, wanted.values(), using)
     synced = Synced([], [], [])
+    if consumer is not None and not _is_eldest(consumer, wanted.values(), using):
+        return synced
     # Mostly all is in step, and one look without a lock says so.
     found = ScheduleModel.objects.using(using).exclude(owner="").defer("raw_last_result")
     rows = {str(row.name): row for row in found}
     for name, declaration in sorted(wanted.items()):
-        row = rows.get(name)
-        if row is None or (may_change and _changes(row, declaration)):
+        row = rows.get(name) or _renamed(declaration, rows, wanted, using)
+        if row is None or _changes(row, declaration):
             _try(name, partial(_write, declaration, synced, using), using)
     for name, row in sorted(rows.items()):
-        is_ours = row.owner == owner() and not row.is_retired
-        if may_change and name not in wanted and is_ours:
+        if name not in wanted and row.owner == owner() and not row.is_retired:
             _try(name, partial(_retire, row.pk, synced, using), using)
     for verb, names in synced._asdict().items():
         if names:
             logger.info("Schedules %s: %s", verb, ", ".join(names))
     return synced
+
+
+def _renamed(
+    declaration: Declaration,
+    rows: dict[str, ScheduleModel],
+    wanted: Collection[str],
+    using: str,
+) -> ScheduleModel | None:
+    """Give the row of a function that was moved its new name, and return it, if there is one."""
+    for former in declaration.former_names:
+        row = rows.get(former)
+        if row is not None and former not in wanted and row.owner == owner():
+            found = ScheduleModel.objects.using(using).filter(pk=row.pk, name=former)
+            if found.update(name=declaration.name):
+                rows[declaration.name] = rows.pop(former)
+                return row
+    return None
 
 
 def _try(name: str, work: Callable[[], None], using: str) -> None:
@@ -122,9 +146,9 @@ def _write(declaration: Declaration, synced: Synced, using: str) -> None:
         for name, value in changes.items():
             setattr(row, name, value)
         columns = [*changes, "next_run"]
+        plan_after(row, changes, row.now)
         if (problem := _problem(row)) is not None:
             row.last_error, columns = problem, [*columns, "last_error"]
-        plan_after(row, changes, row.now)
         row.save(using=using, update_fields=columns)
     (synced.created if is_new else synced.changed).append(declaration.name)
 
@@ -166,7 +190,10 @@ def _may_be_taken(row: ScheduleModel, using: str) -> bool:
 
 
 def _problem(row: ScheduleModel) -> str | None:
+    """Return why a row cannot run; one of which nobody can say when is not planned."""
     try:
+        if problems_of(row):
+            row.next_run = None
         row.clean()
         check_call(row)
     except ValidationError as error:

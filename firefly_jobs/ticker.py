@@ -126,6 +126,8 @@ class Ticker(threading.Thread):
         self._besides = {pk: until for pk, until in self._besides.items() if until > now}
         agenda = firing.agenda(using=self._using, ahead_seconds=LOOK_SECONDS, besides=self._besides)
         self._queued = agenda.queued
+        if agenda.queued:
+            firing.note_waiting(agenda.queued, using=self._using)
         if agenda.seconds is None and not agenda.queued:
             return LOOK_SECONDS if self._besides else IDLE_LOOK_SECONDS
         longest = QUEUED_LOOK_SECONDS if agenda.queued else LOOK_SECONDS

@@ -63,6 +63,10 @@ def insert(
         waiting.update(range(len(steps), len(steps) + len(last)))
         for step, gate in zip(steps, _next_gates(len(steps), plan, gates), strict=True):
             step.row.next_gate = gate
+        if occurrence is not None and occurrence.due is not None:
+            for n, step in enumerate(steps):
+                if n not in waiting and step.row.not_before is None:
+                    step.row.not_before = occurrence.due
         rows = [*(step.row for step in steps), *last.values()]
         enqueue.insert_steps(rows, workflow=run.pk, waiting=waiting, using=using)
         _insert_steps(run, steps, [None if n is None else gates[n] for n in plan.places], using)

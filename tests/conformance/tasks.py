@@ -49,6 +49,12 @@ async def anothing() -> None:
     """Touch no database, in a coroutine."""
 
 
+@task(unique_key=lambda key: f"key of {key}")
+def keyed_by_function(key: str) -> str:
+    """Touch no database; no other call with the same argument beside it."""
+    return key
+
+
 @task
 def insert(key: str, value: int = 1) -> int:
     """Leave one row and return its id."""

@@ -226,6 +226,7 @@ def test_an_occurrence_waits_for_the_former_one_and_none_is_lost():
     late(schedule, 125)
     assert fire() == 0
     assert agenda() == (None, frozenset({schedule.pk}))
+    firing.note_waiting([schedule.pk], using="default")
     while read(schedule, "success_count") < 4:
         # Its end lets the next one go, though that is not the latest that was missed.
         fire()
@@ -463,6 +464,56 @@ def test_a_workflow_that_fails_counts_and_counts_again_when_it_is_run_again():
     assert read(schedule, "operation", "active_count") == ("running", 1)
     run_burst()
     assert read(schedule, "success_count", "operation", "active_count") == (1, "idle", 0)
+
+
+def test_jitter_puts_off_the_first_steps_of_a_workflow():
+    workflow = Workflow("nightly")
+    first = workflow.add(tasks.insert.job.with_args("first"))
+    own = datetime(2040, 1, 1, tzinfo=UTC)
+    workflow.add(tasks.insert.job.with_args("own").with_eta(own), name="own")
+    workflow.add(tasks.insert.job.with_args("second"), depends_on=first, name="second")
+    schedule = recurring_job("flow", workflow, every=HOUR, jitter=600)
+    moment = late(schedule, 5)
+    assert fire() == 1
+
+    due = {task.step.name: task.not_before for task in TaskModel.objects.all()}
+
+    assert moment < due["insert"] < moment + timedelta(seconds=600)
+    assert (due["own"], due["second"]) == (own, None)
+
+
+def test_what_is_made_at_run_time_may_have_functions_among_its_options():
+    job = tasks.keyed_by_function.job.with_args("a").with_priority(7)
+    schedule = every(60, job)
+    row = schedule.run_now()
+    assert (row.unique_key, row.priority) == ("key of a", 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ({"max_runs": 2**31}, "max_runs"),
+        ({"starts_at": datetime(1, 1, 1, tzinfo=UTC)}, "starts_at"),
+        ({"ends_at": datetime(9999, 12, 31, tzinfo=UTC)}, "ends_at"),
+        ({"name": "a\0b"}, "name"),
+        ({"name": "\ud800"}, "name"),
+        ({"name": ""}, "name"),
+    ],
+)
+def test_what_no_database_could_hold_is_refused_when_it_is_declared(words, field):
+    words = {"name": "s", **words}
+    with pytest.raises(ValueError, match=f", {field}: "):
+        every(60, **words)
+    assert not ScheduleModel.objects.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), "\0", "\ud800", float("inf")])
+def test_arguments_that_no_database_could_hold_are_refused(value):
+    with pytest.raises(ValidationError) as caught:
+        ScheduleModel.objects.create(
+            name="s", func_name=tasks.insert.name, arguments={"args": [value]}
+        )
+    assert set(caught.value.message_dict) == {"arguments"}
 
 
 # --- declared
