@@ -5,9 +5,11 @@ No request is looked at here; ``views`` does that.
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 from uuid import UUID
@@ -34,6 +36,11 @@ _KINDS: dict[Any, dict[str, Any]] = {
     dict: {"type": "object"},
     Mapping: {"type": "object"},
     UUID: {"type": "string", "format": "uuid"},
+    time: {"type": "string", "format": "time"},
+    timedelta: {"type": "number", "description": "seconds"},
+    Decimal: {"type": ["string", "number"], "description": "a decimal number, best as a text"},
+    set: {"type": "array"},
+    frozenset: {"type": "array"},
     type(None): {"type": "null"},
 }
 
@@ -69,10 +76,17 @@ def _argument_as_json(argument: Argument) -> dict[str, Any]:
     }
     if not argument.is_required:
         try:
-            found["default"] = as_json(argument.default)
+            found["default"] = _default_as_json(argument.default)
         except (TypeError, ValueError, RecursionError):
             found["default"] = _text_of(argument.default)
     return found
+
+
+def _default_as_json(value: Any) -> Any:
+    """Return a default as a start may say it."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    return value.total_seconds() if isinstance(value, timedelta) else as_json(value)
 
 
 def schema_of(annotation: Any) -> dict[str, Any]:
@@ -86,6 +100,8 @@ def schema_of(annotation: Any) -> dict[str, Any]:
         return {"anyOf": found} if all(found) else {}
     # What is subscripted with something else is hashable whatever that is.
     kind = origin or annotation
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return {"enum": list(kind.__members__)}
     return dict(_KINDS.get(kind, {})) if isinstance(kind, type) else {}
 
 

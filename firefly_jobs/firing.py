@@ -262,11 +262,12 @@ def _insert(rows: list[TaskModel], using: str) -> list[TaskModel]:
     return [row for row, own in zip(written, rows, strict=True) if row is own]
 
 
-def run_now(pk: int, *, using: str) -> TaskModel | WorkflowModel:
+def run_now(pk: int, *, using: str, user: Any = None) -> TaskModel | WorkflowModel:
     """Start one more call of a schedule at once; see ``ScheduleModel.run_now``."""
     with databases.of(using).own_transaction(connections[using]):
         row = locked(using).get(pk=pk)
-        call = None if row.is_retired else call_of(row)
+        named = None if row.saved_job is None else row.saved_job.get_job(user=user)
+        call = None if row.is_retired else call_of(row) if named is None else named.job
         if call is None:
             reason = "its declaration has gone" if row.is_retired else "its call is not known here"
             message = (
@@ -285,6 +286,8 @@ def run_now(pk: int, *, using: str) -> TaskModel | WorkflowModel:
                 )
                 raise ScheduleError(message)
             started = written[0]
+            if named is not None and user is not None:
+                named.note_start(started)
         else:
             started = call.start(occurrence)
         by_hand = {"manual_count": F("manual_count") + 1}

@@ -1,6 +1,7 @@
 """What a person may say when a job is started: names, types, defaults and help.
 
 All of it is read from the function: from its parameters, its annotations and its docstring.
+What comes as JSON ``json_arguments`` reads.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Argument:
     help: str = ""
 
 
-def arguments_of(
+def parameters_of(
     func: Callable[..., Any],
     parameters: Mapping[str, inspect.Parameter],
     defaults: Mapping[str, Any],
@@ -51,7 +52,7 @@ def arguments_of(
         defaults: What holds instead of the function's own defaults.
         hidden: Parameters that nobody says.
     """
-    hints = _hints(func)
+    hints = hints_of(func)
     helps: dict[str, str] = {}
     for line in (func.__doc__ or "").splitlines():
         if match := _HELP.match(line):
@@ -76,7 +77,8 @@ def arguments_of(
     return found
 
 
-def _hints(func: Callable[..., Any]) -> dict[str, Any]:
+def hints_of(func: Callable[..., Any]) -> dict[str, Any]:
+    """Return the annotations of a function, none if they cannot be read."""
     try:
         return typing.get_type_hints(func)
     except Exception:  # noqa: BLE001 - a name that exists for type checkers only

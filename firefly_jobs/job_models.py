@@ -158,8 +158,10 @@ class SavedJob(models.Model):
             target = self.target
         except (LookupError, ValueError) as error:
             # No such model, no label of a model, or no key of that model.
-            field = "target_pk" if self._has_model() else "target_type"
-            raise ValidationError({field: str(error)}) from None
+            if self._has_model():
+                raise ValidationError({"target_pk": str(error)}) from None
+            message = _("There is no model %(label)r. Its label is that of its app and its name.")
+            raise ValidationError({"target_type": message % {"label": self.target_type}}) from None
         except ValidationError as error:
             raise ValidationError({"target_pk": error.messages}) from None
         except ObjectDoesNotExist as error:
@@ -189,13 +191,13 @@ class SavedJob(models.Model):
         Raises:
             JobRefused: As ``get_job_from_name``.
         """
-        from .saved_jobs import saved  # noqa: PLC0415 - a verb on a row, see ARCHITECTURE layers
+        from .saved_jobs import start_of  # noqa: PLC0415 - a verb on a row, see ARCHITECTURE layers
 
-        return saved(self, pks, user)
+        return start_of(self, pks, user)
 
     def start(self, pks: Iterable[Any] | None = None, user: Any = None) -> TaskModel:
         """Start the job; arguments and errors as for :meth:`get_job`."""
-        return self.get_job(pks, user).apply_async()
+        return self.get_job(pks, user).start()
 
     def clean(self) -> None:
         """Check what can be checked before objects are known.

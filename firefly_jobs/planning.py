@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
+from inspect import Parameter
 from typing import Any
 
 from django.core.exceptions import ValidationError
@@ -19,9 +20,11 @@ from .databases.functions import DatabaseNow
 from .declarations import declared, owner
 from .exceptions import ScheduleError, TaskNotFoundError
 from .jobs import Job
+from .json_arguments import arguments_from_json
 from .models import ScheduleModel
 from .schedule_models import CHANGEABLE, STORED_CALL
 
+_BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 # When it recurs: what was missed of another beat means nothing.
 _BEAT = frozenset({"cron", "timezone", "every", "starts_at", "is_paused", "is_retired"})
 
@@ -110,9 +113,15 @@ def _with_arguments(call: Any, arguments: Mapping[str, Any]) -> Any:
     if not isinstance(call, Job):
         message = "A workflow takes no arguments; its steps have theirs."
         raise ScheduleError(message)
-    return call._copy(  # noqa: SLF001 - all of them at once, in place of its own
-        args=tuple(arguments.get("args", ())), kwargs=dict(arguments.get("kwargs", {}))
-    )
+    task = call.task
+    parameters = task.signature.plain.parameters
+    # By name, as annotations are.
+    positions = [p.name for p in parameters.values() if p.kind in _BY_POSITION]
+    args = list(arguments.get("args", ()))
+    given = arguments_from_json(task.func, parameters, dict(zip(positions, args, strict=False)))
+    args[: len(given)] = given.values()
+    kwargs = arguments_from_json(task.func, parameters, arguments.get("kwargs", {}))
+    return call._copy(args=tuple(args), kwargs=kwargs)  # noqa: SLF001 - all of them at once, in place of its own
 
 
 def check_call(row: ScheduleModel) -> None:

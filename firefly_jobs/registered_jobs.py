@@ -11,22 +11,22 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 from django.contrib.auth import get_user_model
 from django.core.exceptions import PermissionDenied, ValidationError
-from django.db import connections
 
-from . import databases, registry
+from . import registry
 from .autodiscovery import import_tasks
 from .conf import suggestion
-from .exceptions import JobRefused, TaskAlreadyScheduled, TaskDefinitionError
-from .job_arguments import Argument, arguments_of
-from .job_models import JOB_LENGTH_MAX, TYPE_LENGTH_MAX, JobStart
+from .exceptions import JobRefused, TaskDefinitionError
+from .job_arguments import Argument, parameters_of
+from .job_models import JOB_LENGTH_MAX, TYPE_LENGTH_MAX
 from .jobs import Job
-from .models import TaskModel
+from .json_arguments import arguments_from_json
+from .named_jobs import NamedJob
 
 __all__ = [
     "Argument",
@@ -41,6 +41,7 @@ __all__ = [
 
 MAX_ITEMS = 500
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+_KEY_MAX = 2**63
 _WORD = re.compile(r"[A-Za-z_]\w*\Z")
 
 CanStart = Callable[[Any, list[Any]], Any]
@@ -56,10 +57,15 @@ class RegisteredJob:
     func: Callable[..., Any]
     task_admin_only: bool = False
     max_items: int = MAX_ITEMS
-    default_args: Mapping[str, Any] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     can_start: CanStart | None = None
     # What was registered, if that was a task: a ``using()`` copy has options of its own.
     given: Any = None
+
+    @property
+    def default_args(self) -> dict[str, Any]:
+        """A copy of the arguments that fill what a start does not say."""
+        return copy.deepcopy(dict(self.defaults))
 
     @property
     def pks_word(self) -> str:
@@ -92,46 +98,22 @@ class RegisteredJob:
         """What a person may say, in order."""
         parameters = self.task.signature.plain.parameters
         hidden = {self.pks_word, "user_pk"}
-        return arguments_of(self.func, parameters, self.default_args or {}, hidden=hidden)
+        defaults = {**self.task.options.kwargs, **self.defaults}
+        return parameters_of(self.func, parameters, defaults, hidden=hidden)
 
-
-@dataclass(frozen=True, slots=True)
-class NamedJob:
-    """A start that is checked and not written yet.
-
-    Attributes:
-        job: The call, a :class:`~firefly_jobs.Job`.
-        registered: What was started.
-        obj_pks: On which objects.
-        user_pk: By whom.
-    """
-
-    job: Job
-    registered: RegisteredJob
-    obj_pks: tuple[Any, ...]
-    user_pk: Any = None
-
-    def schedule(self) -> TaskModel:
-        """Write the task, and who has started it on what, in one transaction.
+    def arguments_from_json(self, given: Any) -> Any:
+        """Return arguments that came as JSON as the function's annotations ask for them.
 
         Raises:
-            TaskAlreadyScheduled: As ``job.schedule()``.
+            JobRefused: With 400, if one is of another type.
         """
-        using = self.job.alias
-        with databases.of(using).write_transaction(connections[using]):
-            row = self.job.schedule()
-            JobStart.objects.using(using).create(
-                task_id=row.pk,
-                user_pk="" if self.user_pk is None else str(self.user_pk),
-                task_name=self.registered.task_name,
-                obj_type=self.registered.task_data_type,
-                obj_pks=[pk if isinstance(pk, int) else str(pk) for pk in self.obj_pks],
-            )
-        return row
-
-    def apply_async(self) -> TaskModel:
-        """Do the same as :meth:`schedule`."""
-        return self.schedule()
+        if not isinstance(given, Mapping):
+            return given
+        try:
+            return arguments_from_json(self.func, self.task.signature.plain.parameters, given)
+        except (ValueError, RecursionError) as error:
+            message = f"The arguments do not fit {self.name!r}: {_reason(error)}"
+            raise JobRefused(message, 400) from error
 
 
 # --- registering
@@ -210,7 +192,7 @@ def register_job(  # noqa: PLR0917 - the names of the field, in their order
             what if given is None else given.func,
             task_admin_only=task_admin_only,
             max_items=max_items,
-            default_args=defaults,
+            defaults=defaults,
             can_start=can_start,
             given=given,
         )
@@ -232,7 +214,7 @@ def _check(job: RegisteredJob) -> None:
     parameters = inspect.signature(job.func).parameters.values()
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
-    for word in (job.pks_word, *(job.default_args or {})):
+    for word in (job.pks_word, *job.defaults):
         if word not in names and not takes_all:
             message = (
                 f"{_label(job.func)} cannot be the registered job {job.task_name!r}: it takes no "
@@ -240,7 +222,7 @@ def _check(job: RegisteredJob) -> None:
             )
             raise TaskDefinitionError(message)
     for word in (job.pks_word, "user_pk"):
-        if word in (job.default_args or {}):
+        if word in job.defaults:
             message = f"default_args has {word}, which each start says itself."
             raise TaskDefinitionError(message)
 
@@ -335,8 +317,8 @@ def get_job_from_name(
         job = Job(task, (), kwargs)
         # Everything that can be wrong with a call is found here.
         job.row()
-    except (TypeError, ValueError) as error:
-        message = f"The arguments do not fit {registered.name!r}: {error}"
+    except (TypeError, ValueError, RecursionError) as error:
+        message = f"The arguments do not fit {registered.name!r}: {_reason(error)}"
         raise JobRefused(message, 400) from error
     return NamedJob(job, registered, pks, user_pk)
 
@@ -356,11 +338,9 @@ def start_job_from_name(
     """
     try:
         named = get_job_from_name(job_name, obj_type, obj_pks, job_args, user_pk)
-        row = named.apply_async()
+        row = named.start()
     except JobRefused as refusal:
         return False, refusal.message, refusal.status_code
-    except TaskAlreadyScheduled as error:
-        return False, str(error), 400
     return True, f"Started {named.registered.name!r} as task {row.pk}.", 200
 
 
@@ -412,6 +392,9 @@ def _check_pk(pk: Any) -> None:
     if isinstance(pk, str) and _UNSTORABLE.search(pk):
         message = "The key of an object is a text with a character that databases do not keep."
         raise JobRefused(message, 400)
+    if isinstance(pk, int) and abs(pk) >= _KEY_MAX:
+        message = "The key of an object is a number that no database has."
+        raise JobRefused(message, 400)
 
 
 def _check_user(registered: RegisteredJob, pks: tuple[Any, ...], user_pk: Any) -> None:
@@ -448,7 +431,8 @@ def _check_user(registered: RegisteredJob, pks: tuple[Any, ...], user_pk: Any) -
 
 def _arguments(registered: RegisteredJob, given: Any) -> dict[str, Any]:
     if given is not None and not isinstance(given, Mapping):
-        message = f"Arguments are given by name, got {type(given).__name__}."
+        kind = "a text" if isinstance(given, str) else f"a {type(given).__name__}"
+        message = f'Arguments are given by name, such as {{"days": 7}}, got {kind}.'
         raise JobRefused(message, 400)
     given = dict(given or {})
     signature = registered.task.signature
@@ -463,7 +447,12 @@ def _arguments(registered: RegisteredJob, given: Any) -> dict[str, Any]:
             raise JobRefused(message, 400)
     try:
         # Of both: whoever changes what they gave, after the checks, changes nothing here.
-        return copy.deepcopy({**(registered.default_args or {}), **given})
-    except (TypeError, copy.Error) as error:
-        message = f"The arguments do not fit {registered.name!r}: {error}. Pass plain values."
+        return copy.deepcopy({**registered.defaults, **given})
+    except (TypeError, copy.Error, RecursionError) as error:
+        reason = _reason(error)
+        message = f"The arguments do not fit {registered.name!r}: {reason}. Pass plain values."
         raise JobRefused(message, 400) from error
+
+
+def _reason(error: Exception) -> str:
+    return "they are nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -16,7 +16,7 @@ from .job_models import SavedJob
 from .registered_jobs import NamedJob, find, get_job_from_name
 
 
-def saved(row: SavedJob, pks: Iterable[Any] | None, user: Any) -> NamedJob:
+def start_of(row: SavedJob, pks: Iterable[Any] | None, user: Any) -> NamedJob:
     """Return the start that a saved job stands for; see ``SavedJob.get_job``."""
     if pks is None:
         try:
@@ -25,7 +25,8 @@ def saved(row: SavedJob, pks: Iterable[Any] | None, user: Any) -> NamedJob:
             message = f"Saved job {row.name!r}: {' '.join(error.messages)}"
             raise JobRefused(message, 400) from error
     user_pk = getattr(user, "pk", user)
-    return get_job_from_name(row.task_name, row.obj_type, pks, row.job_args, user_pk)
+    job_args = find(row.task_name).arguments_from_json(row.job_args)
+    return get_job_from_name(row.task_name, row.obj_type, pks, job_args, user_pk)
 
 
 def check_saved(row: SavedJob) -> None:
@@ -39,6 +40,8 @@ def check_saved(row: SavedJob) -> None:
         problems["obj_type"] = f"This job is for {registered.task_data_type!r}."
     if bool(row.target_type) != bool(row.target_pk):
         problems["target_type"] = "Give the type and the key of the target, or neither."
+    elif row.relation and not row.target_type:
+        problems["relation"] = "A relation belongs to a target; give that as well."
     elif row.target_type:
         try:
             row.current_pks(at_most=0)
@@ -46,7 +49,8 @@ def check_saved(row: SavedJob) -> None:
             problems.update({k: " ".join(v) for k, v in error.message_dict.items()})
     try:
         # With one object in place of those that a start is about.
-        get_job_from_name(row.task_name, registered.task_data_type, [1], row.job_args)
+        job_args = registered.arguments_from_json(row.job_args)
+        get_job_from_name(row.task_name, registered.task_data_type, [1], job_args)
     except JobRefused as refusal:
         problems["job_args"] = refusal.message
     if problems:

@@ -8,12 +8,13 @@ that writes the call; ``tallies`` keeps the counters of what has ended.
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ValidationError
 from django.db import models, router, transaction
 from django.db.models.enums import TextChoices
+from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from . import cron as cron_rules
@@ -198,6 +199,22 @@ class ScheduleModel(models.Model):
         return None
 
     @property
+    def zone(self) -> tzinfo:
+        """The time zone that it goes by, or that of the project for an interval.
+
+        Raises:
+            ValueError: If there is none of that name here.
+        """
+        if not self.timezone:
+            return timezone.get_current_timezone()
+        return cron_rules.zone_of(self.timezone)
+
+    @property
+    def calls(self) -> str:
+        """What it calls, by name."""
+        return f"saved job {self.saved_job}" if self.saved_job is not None else self.func_name
+
+    @property
     def has_runs_left(self) -> bool:
         """Whether it has not run as often as it may; runs by hand do not count."""
         return self.max_runs is None or self.run_count - self.manual_count < self.max_runs
@@ -252,18 +269,22 @@ class ScheduleModel(models.Model):
 
     # --- what people do
 
-    def run_now(self) -> Any:
+    def run_now(self, user: Any = None) -> Any:
         """Start one more call at once, besides those that are planned; it ``is_manual``.
+
+        Args:
+            user: Who starts it; of a saved job the rules of starts hold for that user.
 
         Returns:
             The ``TaskModel``, or the ``WorkflowModel`` of a workflow.
 
         Raises:
             ScheduleError: If what it calls is not known here any more.
+            JobRefused: If the user may not start the saved job, or it does not fit any more.
         """
         from .firing import run_now  # noqa: PLC0415 - a verb on a value, see ARCHITECTURE layers
 
-        return run_now(self.pk, using=self._state.db or "default")
+        return run_now(self.pk, using=self._state.db or "default", user=user)
 
     def pause(self) -> None:
         """Let no occurrence fire until :meth:`resume`."""

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from django.core.exceptions import RequestDataTooBig
+from django.core.exceptions import PermissionDenied, RequestDataTooBig, SuspiciousOperation
 from django.db.models import QuerySet
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.middleware.csrf import CsrfViewMiddleware
 from django.urls import reverse
 from django.utils.decorators import method_decorator
@@ -24,7 +24,7 @@ from django.views.decorators.csrf import csrf_exempt
 
 from . import api
 from .conf import get_settings
-from .exceptions import JobRefused, TaskAlreadyScheduled
+from .exceptions import JobRefused
 from .models import JobStart, TaskModel
 from .registered_jobs import find, get_job_from_name, is_staff, registered_jobs
 
@@ -73,6 +73,13 @@ class ApiView(JsonView):
             return super().dispatch(request, *args, **kwargs)
         except JobRefused as refusal:
             return JsonResponse({"message": refusal.message}, status=refusal.status_code)
+        # What an authenticator, or can_start, raises in Django's own words.
+        except PermissionDenied as error:
+            return JsonResponse({"message": str(error) or "You may not do that."}, status=403)
+        except Http404 as error:
+            return JsonResponse({"message": str(error) or "There is no such thing."}, status=404)
+        except SuspiciousOperation as error:
+            return JsonResponse({"message": str(error) or "That is no request."}, status=400)
 
     def _authenticate(self, request: HttpRequest) -> None:
         if name := get_settings().API_AUTHENTICATOR:
@@ -127,13 +134,10 @@ class Start(ApiView):
             task_name,
             body.get("obj_type", registered.task_data_type),
             body.get("obj_pks", ()),
-            body.get("job_args"),
+            registered.arguments_from_json(body.get("job_args")),
             user_pk=self.user.pk,
         )
-        try:
-            row = named.apply_async()
-        except TaskAlreadyScheduled as error:
-            raise JobRefused(str(error), 400) from error
+        row = named.start()
         row.refresh_from_db()
         message = f"Started {registered.name!r} as task {row.pk}."
         return JsonResponse({"message": message, "task": api.task_as_json(row)})

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import enum
 import json
-from datetime import date, datetime
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from uuid import UUID
 
 from django import forms
 from django.contrib.admin.widgets import AdminDateWidget, AdminTextInputWidget
 from django.core.exceptions import ValidationError
+from django.core.serializers.json import DjangoJSONEncoder
 from django.utils.translation import gettext_lazy as _
 
 from firefly_jobs import registry
+from firefly_jobs.json_arguments import NoSuchValueError, from_json
 from firefly_jobs.models import SavedJob, ScheduleModel
 from firefly_jobs.planning import check_call
 from firefly_jobs.registered_jobs import Argument, RegisteredJob, registered_jobs
@@ -28,9 +32,13 @@ PREFIX = "arg"
 
 
 class JsonField(forms.CharField):
-    """Any value, written as JSON."""
+    """Any value, written as JSON, and read as an annotation asks for it."""
 
     widget = forms.Textarea(attrs={"rows": 2, "class": "vLargeTextField"})
+
+    def __init__(self, *, hint: Any = None, initial: Any = None, **words: Any) -> None:
+        super().__init__(initial=_as_json(initial), **words)
+        self._hint = hint
 
     def to_python(self, value: Any) -> Any:
         """Read it."""
@@ -38,19 +46,21 @@ class JsonField(forms.CharField):
         if text in self.empty_values:
             return None
         try:
-            return json.loads(str(text))
-        except ValueError as error:
+            return from_json(self._hint, json.loads(str(text)))
+        except NoSuchValueError as error:
+            message = _("This must be %(wanted)s.")
+            raise ValidationError(message % {"wanted": error}) from None
+        except (ValueError, RecursionError) as error:
             message = _("This is no JSON: %(error)s. A text needs double quotes.")
             raise ValidationError(message % {"error": error}) from None
 
-    def prepare_value(self, value: Any) -> Any:
-        """Show a default as JSON, if it is something there."""
-        if value is None or isinstance(value, str):
-            return value
-        try:
-            return json.dumps(value)
-        except (TypeError, ValueError):
-            return None
+
+def _as_json(value: Any) -> str | None:
+    """Return a default as JSON; none, and nothing that JSON has no word for."""
+    try:
+        return None if value is None else json.dumps(value, cls=DjangoJSONEncoder)
+    except (TypeError, ValueError):
+        return None
 
 
 def arguments_form(job: RegisteredJob) -> type[forms.Form]:
@@ -63,19 +73,23 @@ def arguments_form(job: RegisteredJob) -> type[forms.Form]:
     return type("ArgumentsForm", (forms.Form,), {**fields, "__init__": start})
 
 
-def arguments_of(form: forms.Form) -> dict[str, Any]:
-    """Return what was entered; what was left empty and has a default is left to that."""
+def entered(form: forms.Form) -> dict[str, Any]:
+    """Return what was entered; what was left empty, and cannot be empty, is left to its default."""
     found = {}
     for name, value in form.cleaned_data.items():
+        field: Any = form.fields[name]
         is_empty = value is None or value == ""
-        if is_empty and not form.fields[name].required:
+        if is_empty and not field.required and not field.may_be_empty:
             continue
-        found[name] = value
+        found[name] = None if is_empty and field.may_be_none else value
     return found
 
 
 def _field(argument: Argument) -> forms.Field:
     annotation, may_be_none = _without_none(argument.type)
+    if argument.type is None and isinstance(argument.default, bool | str):
+        # What nobody has annotated is like its default.
+        annotation = type(argument.default)
     words: dict[str, Any] = {
         "label": argument.name.replace("_", " ").capitalize(),
         "help_text": argument.help,
@@ -83,13 +97,26 @@ def _field(argument: Argument) -> forms.Field:
     }
     if not argument.is_required:
         words["initial"] = argument.default
+    found: Any = _field_for(annotation, words, may_be_none=may_be_none)
+    found.may_be_none = may_be_none
+    # A default that is shown and then deleted was deleted on purpose.
+    found.may_be_empty = may_be_none or annotation is str
+    field: forms.Field = found
+    return field
+
+
+def _field_for(annotation: Any, words: dict[str, Any], *, may_be_none: bool) -> Any:
     if get_origin(annotation) is Literal:
         return _choice([(one, str(one)) for one in get_args(annotation)], words)
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return _choice([(one, one.name) for one in annotation], words)
-    kind, more = _FIELDS.get(annotation, (JsonField, {}))
-    found: forms.Field = kind(**{**words, **more})
-    return found
+    if annotation is bool and may_be_none:
+        # Yes, no, or neither.
+        return forms.NullBooleanField(**words)
+    if annotation not in _FIELDS:
+        return JsonField(hint=annotation, **words)
+    kind, more = _FIELDS[annotation]
+    return kind(**{**words, **more})
 
 
 _FIELDS: dict[Any, tuple[Any, dict[str, Any]]] = {
@@ -97,8 +124,12 @@ _FIELDS: dict[Any, tuple[Any, dict[str, Any]]] = {
     bool: (forms.BooleanField, {"required": False}),
     int: (forms.IntegerField, {}),
     float: (forms.FloatField, {}),
+    Decimal: (forms.DecimalField, {}),
     datetime: (forms.DateTimeField, {}),
     date: (forms.DateField, {"widget": AdminDateWidget}),
+    time: (forms.TimeField, {}),
+    timedelta: (forms.DurationField, {}),
+    UUID: (forms.UUIDField, {}),
     str: (forms.CharField, {"widget": AdminTextInputWidget, "strip": False}),
 }
 

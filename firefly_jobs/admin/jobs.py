@@ -25,7 +25,7 @@ from firefly_jobs.registered_jobs import (
     registered_jobs,
 )
 
-from .forms import SavedJobForm, arguments_form, arguments_of
+from .forms import SavedJobForm, arguments_form, entered
 from .rows import alias
 
 if TYPE_CHECKING:
@@ -87,17 +87,20 @@ def _start(
     is_confirmed = request.POST.get(_CONFIRMED) == job.task_name
     form = arguments_form(job)(request.POST if is_confirmed else None)
     try:
-        if not is_confirmed:
-            # What no form can mend is told before there is one.
-            check_start(job, pks, request.user.pk)
-        elif form.is_valid():
-            row = _named(job, pks, arguments_of(form), request).apply_async()
+        # What no form can mend is told before there is one, or in place of it.
+        check_start(job, pks, request.user.pk)
+    except JobRefused as refusal:
+        model_admin.message_user(request, refusal.message, messages.ERROR)
+        return None
+    if is_confirmed and form.is_valid():
+        try:
+            row = _named(job, pks, entered(form), request).start()
+        except JobRefused as refusal:
+            form.add_error(None, refusal.message)
+        else:
             text = _("Started “%(name)s” as task %(pk)s.") % {"name": job.name, "pk": row.pk}
             model_admin.message_user(request, text, messages.SUCCESS)
             return _to_task(request, row.pk)
-    except (JobRefused, ValueError) as refusal:
-        model_admin.message_user(request, str(refusal), messages.ERROR)
-        return None
     count = queryset.count()
     context = {
         **model_admin.admin_site.each_context(request),

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from zoneinfo import ZoneInfo
 
 from django.contrib import admin, messages
+from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.urls import reverse
-from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.translation import gettext_lazy as _
 
@@ -122,7 +121,7 @@ class ScheduleAdmin(_ModelAdmin):
         import_tasks()
         for row in queryset:
             try:
-                started = row.run_now()
+                started = row.run_now(user=request.user)
             except (ScheduleError, JobRefused, ValueError, TypeError) as error:
                 self.message_user(request, f"{row}: {error}", messages.ERROR)
             else:
@@ -132,14 +131,27 @@ class ScheduleAdmin(_ModelAdmin):
     @admin.action(permissions=["change"], description=_("Pause selected schedules"))
     def pause_selected(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         """Let none of them fire."""
-        for row in queryset:
-            row.pause()
+        self._each(request, queryset, "pause", _("Paused %(count)s schedules."))
 
     @admin.action(permissions=["change"], description=_("Resume selected schedules"))
     def resume_selected(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         """Let them fire again."""
+        import_tasks()
+        self._each(request, queryset, "resume", _("Resumed %(count)s schedules."))
+
+    def _each(self, request: HttpRequest, queryset: QuerySet[Any], verb: str, text: Any) -> None:
+        """Do something with each; what is wrong with one is told, and the others go on."""
+        count = 0
         for row in queryset:
-            row.resume()
+            try:
+                getattr(row, verb)()
+            except (ValidationError, ValueError, ImproperlyConfigured) as error:
+                problem = "; ".join(getattr(error, "messages", None) or [str(error)])
+                self.message_user(request, f"{row}: {problem}", messages.ERROR)
+            else:
+                count += 1
+        if count:
+            self.message_user(request, text % {"count": count}, messages.SUCCESS)
 
     # --- columns and fields
 
@@ -204,8 +216,11 @@ class ScheduleAdmin(_ModelAdmin):
     @admin.display(description=_("next occurrences"))
     def next_occurrences(self, row: ScheduleModel) -> str:
         """Show the next ten, in the schedule's own time zone."""
-        zone = ZoneInfo(row.timezone) if row.timezone else timezone.get_current_timezone()
-        found = row.upcoming(UPCOMING) if row.pk else []
+        try:
+            zone = row.zone
+            found = row.upcoming(UPCOMING) if row.pk else []
+        except (ValueError, ImproperlyConfigured) as error:
+            return str(error)
         if not found:
             return NOTHING
         lines = ((f"{one.astimezone(zone):%a %Y-%m-%d %H:%M:%S %Z}",) for one in found)

@@ -5,7 +5,10 @@ its own.  It schedules one of these with the key of that function instead, which
 because these consumers run in the process of the test; see ``support.schedule``.
 """
 
+import enum
 from collections.abc import Callable
+from datetime import date, timedelta
+from decimal import Decimal
 from typing import Any
 
 from firefly_jobs import FailedStep, TaskHooks, atask, task
@@ -164,3 +167,40 @@ async def ahooked(key: str) -> Any:
 async def ahooked_plainly(key: str) -> Any:
     """Await a test's coroutine function, with hooks that are plain methods."""
     return await BODIES[key]()
+
+
+class Colour(enum.Enum):
+    """What to paint with."""
+
+    RED = "red"
+    BLUE = "blue"
+
+
+@task(check_types=True)
+def paint(
+    datafile_pks: list[int],
+    day: date,
+    colour: Colour = Colour.RED,
+    price: Decimal = Decimal("9.90"),
+    pause: timedelta = timedelta(minutes=2),
+    *,
+    is_dry: bool | None = None,
+    note: str = "none",
+    number: int | None = 4,
+) -> None:
+    """Take arguments that JSON has no words for."""
+
+
+@task(kwargs={"number": 7})
+def tag(datafile_pks: list[int], words: Any = (), number: int = 1) -> None:
+    """Have defaults of the task, and others of the function."""
+
+
+@task
+def loose(
+    datafile_pks: Any,
+    words="Hello",
+    days: list[date] = [date(2026, 11, 26)],  # noqa: B006 - nobody changes it
+    either: int | str = "x",
+) -> None:
+    """Take arguments that a form shows in several ways."""

@@ -1,6 +1,8 @@
 """Registered jobs over HTTP, as a browser and as a program use them."""
 
 import json
+from datetime import date, timedelta
+from decimal import Decimal
 from typing import Any
 from unittest import mock
 from urllib.parse import quote
@@ -9,14 +11,16 @@ import pytest
 import schemathesis
 from django.contrib.auth import get_user_model
 from django.contrib.auth.models import Permission
+from django.core.exceptions import PermissionDenied, SuspiciousOperation, ValidationError
 from django.core.handlers.wsgi import WSGIHandler
+from django.http import Http404
 from django.test import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
 from firefly_jobs import registered_jobs
-from firefly_jobs.models import JobStart, TaskModel
+from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
 from testproject.datafiles.models import DataFile
 from tests.conformance import tasks
 from tests.conformance.support import run_burst
@@ -347,3 +351,103 @@ def test_every_answer_is_as_the_description_says(user, authenticator, mode):
             # Nothing about this operation can be wrong.
             assert mode is GenerationMode.NEGATIVE
             assert operation.label == "GET /jobs/"
+
+
+# --- types
+
+
+@pytest.fixture
+def paint():
+    jobs = mock.patch.object(registered_jobs, "_jobs", dict(registered_jobs._jobs))
+    with jobs:
+        yield registered_jobs.register_job("Paint", "paint", "datafile")(tasks.paint)
+
+
+def test_values_become_what_the_function_is_annotated_with(client, paint):
+    given = {"day": "2026-11-26", "colour": "BLUE", "price": "1.50", "pause": 1.5}
+    assert post(client, "paint", {"obj_pks": [1], "job_args": given}).status_code == 200
+
+    kwargs = TaskModel.objects.get().params["kwargs"]
+
+    assert kwargs == {
+        "datafile_pks": [1],
+        "day": date(2026, 11, 26),
+        "colour": tasks.Colour.BLUE,
+        "price": Decimal("1.50"),
+        "pause": timedelta(seconds=1.5),
+    }
+    for word, value in (("day", "x"), ("colour", "green"), ("price", []), ("day", None)):
+        answer = post(client, "paint", {"obj_pks": [1], "job_args": {**given, word: value}})
+        assert answer.status_code == 400
+        assert f"{word} must be" in answer.json()["message"]
+
+
+def test_types_and_defaults_are_listed_as_they_may_be_said(client, paint):
+    jobs = {job["task_name"]: job for job in client.get("/api/jobs/").json()["jobs"]}
+    found = {a["name"]: (a["schema"], a.get("default")) for a in jobs["paint"]["arguments"]}
+    assert found["day"] == ({"type": "string", "format": "date"}, None)
+    assert found["colour"] == ({"enum": ["RED", "BLUE"]}, "RED")
+    assert found["pause"] == ({"type": "number", "description": "seconds"}, 120.0)
+    said = {name: default for name, (_, default) in found.items() if default is not None}
+    answer = post(client, "paint", {"obj_pks": [1], "job_args": {**said, "day": "2026-11-26"}})
+    assert answer.status_code == 200
+
+
+def test_a_saved_job_s_arguments_become_the_same(user, paint):
+    saved = SavedJob(
+        name="s", task_name="paint", obj_type="datafile", job_args={"day": "2026-11-26"}
+    )
+    saved.full_clean()
+    saved.save()
+    assert saved.start([1], user).params["kwargs"]["day"] == date(2026, 11, 26)
+    saved.job_args = {"day": "tomorrow"}
+    with pytest.raises(ValidationError, match="day must be a day such as"):
+        saved.full_clean()
+
+
+def test_a_schedule_s_arguments_become_the_same(paint):
+    schedule = ScheduleModel.objects.create(
+        name="s", func_name=tasks.paint.name, arguments={"args": [[1], "2026-11-26"]}
+    )
+    assert schedule.run_now().params["args"] == ([1], date(2026, 11, 26))
+    with pytest.raises(ValidationError, match="day must be a day such as"):
+        schedule.change(arguments={"args": [[1]], "kwargs": {"day": "tomorrow"}})
+
+
+# --- what is refused in other words
+
+
+def deny(_request):
+    raise PermissionDenied
+
+
+def hide(_request):
+    message = "Nothing here."
+    raise Http404(message)
+
+
+def suspect(_request):
+    message = "Strange."
+    raise SuspiciousOperation(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("deny", 403, "You may not do that."),
+        ("hide", 404, "Nothing here."),
+        ("suspect", 400, "Strange."),
+    ],
+)
+def test_what_an_authenticator_raises_is_answered_in_json(client, jobs, name, code, message):
+    jobs(API_AUTHENTICATOR=f"tests.conformance.test_http.{name}")
+    answer = client.get("/api/jobs/")
+    assert (answer.status_code, answer.json()) == (code, {"message": message})
+
+
+def test_arguments_that_are_nested_too_deeply_are_a_bad_request(client):
+    deep = "[" * 600 + "]" * 600
+    body = f'{{"obj_pks": [1], "job_args": {{"custom_flag": {deep}}}}}'
+    answer = post(client, "flag_custom", body)
+    assert answer.status_code == 400
+    assert "message" in answer.json()

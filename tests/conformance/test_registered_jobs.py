@@ -26,6 +26,7 @@ from firefly_jobs.registered_jobs import (
 from firefly_jobs.states import Status
 from testproject.datafiles.models import DataFile, Project
 from testproject.datafiles.tasks import flag_custom
+from tests.conformance import tasks
 from tests.conformance.support import run_burst
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -163,7 +164,10 @@ def test_an_unknown_job_is_not_found(files):
         ({"obj_pks": None}, "are a list, got NoneType"),
         ({"obj_pks": [1.5]}, "a number, a text or a UUID, got a float"),
         ({"obj_pks": [True]}, "got a bool"),
-        ({"job_args": [1]}, "Arguments are given by name, got list"),
+        ({"job_args": [1]}, 'Arguments are given by name, such as {"days": 7}, got a list'),
+        ({"job_args": "x"}, "got a text"),
+        ({"obj_pks": [10**5000]}, "is a number that no database has"),
+        ({"obj_pks": [-(2**63)]}, "is a number that no database has"),
         ({"job_args": {"datafile_pks": [1]}}, "datafile_pks is not given as an argument"),
         ({"job_args": {"user_pk": 1}}, "user_pk is not given as an argument"),
         ({"job_args": {"custom_flag": lambda: None}}, "The arguments do not fit 'Flag custom'"),
@@ -342,8 +346,33 @@ def test_a_start_whose_unique_key_is_taken_says_so(registering):
     success, message, code = start_job_from_name("once", "datafile", [2])
 
     assert (success, code) == (False, 400)
-    assert "flagging" in message
+    assert message == (
+        f"'Once' was not started, as task {TaskModel.objects.get().pk} does the same and has not "
+        f"ended. Wait for it, or cancel it."
+    )
     assert (TaskModel.objects.count(), JobStart.objects.count()) == (1, 1)
+
+
+def test_what_is_nested_too_deeply_is_a_bad_request():
+    deep: list[object] = []
+    for _ in range(5_000):
+        deep = [deep]
+    code, message = refusal("flag_custom", "datafile", [1], {"custom_flag": deep})
+    assert code == 400
+    assert "nested too deeply" in message
+
+
+def test_defaults_that_are_read_are_changed_for_nobody(registering):
+    register_job("Tag", "tag", "datafile", default_args={"words": ["a"]})(tasks.tag)
+    (job,) = (job for job in registered_jobs.registered_jobs() if job.task_name == "tag")
+    job.default_args["words"].append("b")
+    job.arguments[0].default.append("c")
+
+    assert job.default_args == {"words": ["a"]}
+    defaults = {argument.name: argument.default for argument in job.arguments}
+    assert defaults == {"words": ["a"], "number": 7}
+    named = get_job_from_name("tag", "datafile", [1])
+    assert named.job.kwargs["words"] == ["a"]
 
 
 # --- registering

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
-from zoneinfo import ZoneInfo
 
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandParser
-from django.utils import timezone
 
 from firefly_jobs.conf import get_settings
 from firefly_jobs.models import ScheduleModel
@@ -38,14 +37,18 @@ class Command(BaseCommand):
             self._print(row, options["count"])
 
     def _print(self, row: ScheduleModel, count: int) -> None:
-        self.stdout.write(f"{row.name}: {_when(row)}, calls {row.func_name}")
+        self.stdout.write(f"{row.name}: {_when(row)}, calls {row.calls}")
         self.stdout.write(
             f"  {_state(row)}; runs {row.run_count}, succeeded {row.success_count}, "
             f"failed {row.failure_count}, retries {row.retry_count}"
         )
-        zone = ZoneInfo(row.timezone) if row.timezone else timezone.get_current_timezone()
-        for moment in row.upcoming(count):
-            self.stdout.write(f"  {_as_text(moment, zone)}")
+        try:
+            lines = [_as_text(moment, row.zone) for moment in row.upcoming(count)]
+        except (ValueError, ImproperlyConfigured) as error:
+            # Those behind it are listed all the same.
+            lines = [f"cannot be read here: {error}"]
+        for line in lines:
+            self.stdout.write(f"  {line}")
 
 
 def _when(row: ScheduleModel) -> str:
