@@ -62,6 +62,8 @@ def test_a_task_that_inserts_a_row_costs_its_insert_and_one_update():
     inserts = [sql for sql in statements if sql.startswith("INSERT") and EFFECTS in sql]
     assert len(inserts) == CALLS
     completing = [sql for sql in statements if sql.startswith("UPDATE") and TABLE in sql]
-    assert CALLS <= len(completing) < CALLS * 1.5
+    # On SQLite rows are completed past Django, and only claims are left.
+    least = 0 if connection.vendor == "sqlite" else CALLS
+    assert least <= len(completing) < least + CALLS / 2
     # The claims are the rest.
     assert len(statements) < CALLS * 3
