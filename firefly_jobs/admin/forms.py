@@ -159,11 +159,22 @@ def _without_none(annotation: Any) -> tuple[Any, bool]:
 # --- schedules
 
 
+class ArgumentsField(forms.JSONField):
+    """Arguments as JSON, which may be none."""
+
+    widget = forms.Textarea(attrs={"rows": 3, "class": "vLargeTextField"})
+
+    def prepare_value(self, value: Any) -> Any:
+        """Show nothing where there is nothing."""
+        return "" if value is None else super().prepare_value(value)
+
+
 class ScheduleForm(_ScheduleForm):
     """A schedule: what it calls, checked against the code, and when."""
 
     class Meta:
         model = ScheduleModel
+        field_classes = {"arguments": ArgumentsField}  # noqa: RUF012 - as Django reads it
         fields = (
             *("name", "func_name", "saved_job", "arguments", "cron", "timezone", "every"),
             *("starts_at", "ends_at", "max_runs", "misfire", "overlap", "jitter", "is_paused"),
@@ -210,6 +221,7 @@ class SavedJobForm(_SavedForm):
 
     class Meta:
         model = SavedJob
+        field_classes = {"job_args": ArgumentsField}  # noqa: RUF012 - as Django reads it
         fields = (
             *("name", "task_name", "obj_type", "job_args"),
             *("target_type", "target_pk", "relation"),
@@ -219,6 +231,7 @@ class SavedJobForm(_SavedForm):
                 "Label of a model, such as shop.project; with its key it is optional."
             ),
             "relation": _("Name of a relation of the target, such as datafiles."),
+            "job_args": _('By name, such as {"days": 7}.'),
         }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

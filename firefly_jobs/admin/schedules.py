@@ -38,7 +38,7 @@ class ScheduleAdmin(_ModelAdmin):
     form = ScheduleForm
     list_display = (
         *("name", "when", "state", "next_briefly", "last_briefly", "outcome"),
-        *("run_count", "success_count", "failure_count", "retry_count"),
+        "counts",
     )
     list_filter = ("operation", "is_paused", "is_retired", "last_status")
     search_fields = ("name", "func_name")
@@ -176,6 +176,11 @@ class ScheduleAdmin(_ModelAdmin):
     def next_briefly(self, row: ScheduleModel) -> str:
         """Show when it is due, for a column."""
         return brief_moment(row.next_run) if row.next_run else NOTHING
+
+    @admin.display(description=_("runs / ok / failed"), ordering="run_count")
+    def counts(self, row: ScheduleModel) -> str:
+        """Show how often it has run, and how that ended, in one column."""
+        return f"{row.run_count:,} / {row.success_count:,} / {row.failure_count:,}"
 
     @admin.display(description=_("last run"), ordering="last_run")
     def last_briefly(self, row: ScheduleModel) -> str:

@@ -124,6 +124,20 @@ def saved():
     return SavedJob.objects.create(**values)
 
 
+def test_a_page_shows_counts_and_no_word_of_json_where_there_are_no_arguments(admin_client):
+    row = schedule("s")
+    ScheduleModel.objects.filter(pk=row.pk).update(
+        arguments=None, run_count=1200, success_count=1100, failure_count=100
+    )
+    assert "1,200 / 1,100 / 100" in admin_client.get(SCHEDULES).content.decode()
+    page = admin_client.get(f"{SCHEDULES}{row.pk}/change/").content.decode()
+    assert ">null<" not in page.replace("\n", "")
+    answer = admin_client.post(f"{SCHEDULES}{row.pk}/change/", posted(arguments="", every="90"))
+    assert answer.status_code == 302
+    row.refresh_from_db()
+    assert (row.arguments, row.every) == (None, 90)
+
+
 def test_a_saved_job_is_run_by_hand_by_who_may_start_it(admin_client, admin_user, saved):
     row = ScheduleModel.objects.create(name="nightly", saved_job=saved, every=60)
 
