@@ -7,13 +7,27 @@ served as ``openapi.json``.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from django.core.exceptions import PermissionDenied, RequestDataTooBig, SuspiciousOperation
+from django.core.exceptions import (
+    BadRequest,
+    PermissionDenied,
+    RequestDataTooBig,
+    SuspiciousOperation,
+)
 from django.db.models import QuerySet
-from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
+from django.http import (
+    Http404,
+    HttpRequest,
+    HttpResponse,
+    JsonResponse,
+    RawPostDataException,
+    UnreadablePostError,
+)
+from django.http.multipartparser import MultiPartParserError
 from django.middleware.csrf import CsrfViewMiddleware
 from django.urls import reverse
 from django.utils.decorators import method_decorator
@@ -72,14 +86,10 @@ class ApiView(JsonView):
             self._authenticate(request)
             return super().dispatch(request, *args, **kwargs)
         except JobRefused as refusal:
-            return JsonResponse({"message": refusal.message}, status=refusal.status_code)
-        # What an authenticator, or can_start, raises in Django's own words.
-        except PermissionDenied as error:
-            return JsonResponse({"message": str(error) or "You may not do that."}, status=403)
-        except Http404 as error:
-            return JsonResponse({"message": str(error) or "There is no such thing."}, status=404)
-        except SuspiciousOperation as error:
-            return JsonResponse({"message": str(error) or "That is no request."}, status=400)
+            found = refusal
+        except _TOLD as error:
+            found = _refusal(error)
+        return JsonResponse({"message": found.message}, status=found.status_code)
 
     def _authenticate(self, request: HttpRequest) -> None:
         if name := get_settings().API_AUTHENTICATOR:
@@ -89,7 +99,7 @@ class ApiView(JsonView):
             if request.method not in _SAFE and self._is_known:
                 # Before the check: that looks for a token in a form, and nobody could read the
                 # body of a form in parts afterwards.
-                _read(request)
+                request.body  # noqa: B018 - reading it keeps it
                 check: Any = _CsrfCheck(lambda _request: HttpResponse())
                 check.process_request(request)
                 if reason := check.process_view(request, None, (), {}):
@@ -183,17 +193,35 @@ class OpenApi(JsonView):
         return JsonResponse(api.description(path.removesuffix("openapi.json")))
 
 
-def _read(request: HttpRequest) -> bytes:
-    try:
-        return request.body
-    except RequestDataTooBig as error:
-        message = "The body is too large. Start the job on fewer objects."
-        raise JobRefused(message, 413) from error
+# What Django answers with a page of its own: an authenticator, a job's can_start and whatever
+# reads a body may raise it.  Anything else is a mistake of the project's, and is not hidden.
+_TOLD = (
+    *(Http404, PermissionDenied, SuspiciousOperation, BadRequest),
+    *(MultiPartParserError, UnreadablePostError, RawPostDataException),
+)
+
+
+def _refusal(error: Exception) -> JobRefused:
+    match error:
+        case RequestDataTooBig():
+            return JobRefused("The body is too large. Start the job on fewer objects.", 413)
+        case Http404():
+            return JobRefused(str(error) or "There is no such thing.", 404)
+        case PermissionDenied():
+            return JobRefused(str(error) or "You may not do this.", 403)
+        case SuspiciousOperation():
+            # What it says is for the log, as Django has it.
+            logging.getLogger(f"django.security.{type(error).__name__}").error(str(error))
+            return JobRefused("The request was refused.", 400)
+        case UnreadablePostError() | RawPostDataException():
+            return JobRefused("The body could not be read.", 400)
+        case _:
+            return JobRefused(str(error) or "The request makes no sense.", 400)
 
 
 def _body(request: HttpRequest) -> dict[str, Any]:
     try:
-        body = json.loads(_read(request))
+        body = json.loads(request.body)
     except (ValueError, RecursionError) as error:
         message = f"The body is no JSON: {error}"
         raise JobRefused(message, 400) from error

@@ -11,10 +11,16 @@ import pytest
 import schemathesis
 from django.contrib.auth import get_user_model
 from django.contrib.auth.models import Permission
-from django.core.exceptions import PermissionDenied, SuspiciousOperation, ValidationError
+from django.core.exceptions import (
+    BadRequest,
+    DisallowedRedirect,
+    PermissionDenied,
+    ValidationError,
+)
 from django.core.handlers.wsgi import WSGIHandler
-from django.http import Http404
+from django.shortcuts import get_object_or_404
 from django.test import Client
+from django.test.client import FakePayload
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
@@ -22,6 +28,7 @@ from schemathesis import GenerationMode
 from firefly_jobs import registered_jobs
 from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
 from testproject.datafiles.models import DataFile
+from testproject.datafiles.tasks import flag_custom
 from tests.conformance import tasks
 from tests.conformance.support import run_burst
 from tests.testapp.models import Effect
@@ -272,6 +279,133 @@ def test_answers_for_one_user_are_kept_for_no_other(client):
         assert "no-store" in client.get(f"/api/{path}")["Cache-Control"]
 
 
+def denied(request):
+    """Be an authenticator that refuses by raising."""
+    message = "This token has expired."
+    raise PermissionDenied(message)
+
+
+def silently_denied(request):
+    """Be one that gives no reason."""
+    raise PermissionDenied
+
+
+def missing(request):
+    """Be an authenticator that looks its tokens up as views do."""
+    return get_object_or_404(get_user_model(), username="nobody")
+
+
+def suspicious(request):
+    """Be one that takes a signature for forged."""
+    message = "forged"
+    raise DisallowedRedirect(message)
+
+
+def bad(request):
+    """Be one that can make nothing of the request."""
+    message = "two tokens"
+    raise BadRequest(message)
+
+
+def reading(request):
+    """Be one that signs the body."""
+    return request.body and None
+
+
+def reading_a_form(request):
+    """Be one that takes the token from a form."""
+    return request.POST.get("token") and None
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("denied", 403, "This token has expired."),
+        ("silently_denied", 403, "You may not do this."),
+        ("missing", 404, "No User matches the given query."),
+        ("suspicious", 400, "The request was refused."),
+        ("bad", 400, "two tokens"),
+    ],
+)
+def test_what_an_authenticator_raises_is_told_in_json(jobs, name, code, words):
+    jobs(API_AUTHENTICATOR=f"tests.conformance.test_http.{name}")
+    for answer in (Client().get("/api/jobs/"), post(Client(), "flag_custom", {"obj_pks": [1]})):
+        assert (answer.status_code, answer.json()) == (code, {"message": words})
+        assert "no-store" in answer["Cache-Control"]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "code"),
+    [
+        ("reading", f"a={'1' * 3_000_000}", 413),
+        ("reading_a_form", f"a={'1' * 3_000_000}", 413),
+        ("reading_a_form", "&".join(f"a{n}=1" for n in range(1_100)), 400),
+    ],
+)
+def test_a_body_that_an_authenticator_cannot_read_is_refused_in_json(jobs, name, form, code):
+    jobs(API_AUTHENTICATOR=f"tests.conformance.test_http.{name}")
+    answer = Client().post(
+        "/api/jobs/flag_custom/start/", form, content_type="application/x-www-form-urlencoded"
+    )
+    assert answer.status_code == code
+    assert answer.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("application/x-www-form-urlencoded", "&".join(f"a{n}=1" for n in range(1_100))),
+        ("multipart/form-data", "x"),
+        ("multipart/form-data; boundary=\u00e9", "x"),
+        ("multipart/form-data; boundary=x", "--x\r\nno form"),
+        ("application/x-www-form-urlencoded; charset=nothing", "a=1"),
+        ("application/json; charset=nothing", "{}"),
+        ("text/plain", "\xff\xfe"),
+    ],
+)
+def test_a_body_of_another_kind_is_refused_in_json(user, kind, body):
+    # Without a token in the header, so that one is looked for in the form.
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(user)
+    client.get("/admin/login/")
+    answer = client.generic("POST", "/api/jobs/flag_custom/start/", body, content_type=kind)
+    assert answer.status_code in {400, 403}
+    assert answer.json()["message"]
+
+
+def test_a_body_that_breaks_off_is_refused_in_json(client):
+    class Broken(FakePayload):
+        def read(self, *args, **kwargs):
+            message = "the client has gone"
+            raise OSError(message)
+
+    answer = client.post(
+        "/api/jobs/flag_custom/start/",
+        "{}",
+        content_type="application/json",
+        **{"wsgi.input": Broken(b"{}")},
+    )
+    assert answer.status_code == 400
+    assert answer.json()["message"] == "The body could not be read."
+
+
+def test_what_a_jobs_own_check_does_not_find_is_told_in_json(client):
+    def can_start(person, pks):
+        return get_object_or_404(DataFile, pk=pks[0])
+
+    with mock.patch.object(registered_jobs, "_jobs", dict(registered_jobs._jobs)):
+        registered_jobs.register_job("Asks", "asks", "datafile", can_start=can_start)(flag_custom)
+        answer = post(client, "asks", {"obj_pks": [4711]})
+    assert answer.status_code == 404
+    assert answer.json()["message"] == "No DataFile matches the given query."
+
+
+def test_an_error_of_the_projects_own_is_not_hidden(jobs):
+    jobs(API_AUTHENTICATOR="tests.conformance.test_http.by_number")
+    with pytest.raises(KeyError):
+        Client().get("/api/jobs/")
+
+
 class Person:
     """A user as an authenticator may give it: of a project's own kind."""
 
@@ -412,37 +546,6 @@ def test_a_schedule_s_arguments_become_the_same(paint):
     assert schedule.run_now().params["args"] == ([1], date(2026, 11, 26))
     with pytest.raises(ValidationError, match="day must be a day such as"):
         schedule.change(arguments={"args": [[1]], "kwargs": {"day": "tomorrow"}})
-
-
-# --- what is refused in other words
-
-
-def deny(_request):
-    raise PermissionDenied
-
-
-def hide(_request):
-    message = "Nothing here."
-    raise Http404(message)
-
-
-def suspect(_request):
-    message = "Strange."
-    raise SuspiciousOperation(message)
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "message"),
-    [
-        ("deny", 403, "You may not do that."),
-        ("hide", 404, "Nothing here."),
-        ("suspect", 400, "Strange."),
-    ],
-)
-def test_what_an_authenticator_raises_is_answered_in_json(client, jobs, name, code, message):
-    jobs(API_AUTHENTICATOR=f"tests.conformance.test_http.{name}")
-    answer = client.get("/api/jobs/")
-    assert (answer.status_code, answer.json()) == (code, {"message": message})
 
 
 def test_arguments_that_are_nested_too_deeply_are_a_bad_request(client):
