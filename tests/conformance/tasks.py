@@ -52,6 +52,11 @@ async def anothing() -> None:
     """Touch no database, in a coroutine."""
 
 
+@task(aliases=["shop.old.report"])
+def moved() -> None:
+    """Have had another name before."""
+
+
 @task(unique_key=lambda key: f"key of {key}")
 def keyed_by_function(key: str) -> str:
     """Touch no database; no other call with the same argument beside it."""
