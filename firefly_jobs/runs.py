@@ -24,6 +24,7 @@ from .fencing import held
 from .following import NOT_FOLLOWED
 from .graphs import END_RANK, When
 from .jobs import Job
+from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .options import LABEL_LENGTH_MAX, check_step_name
 from .placeholders import ParentResults, StepResult, placeholders_in
@@ -141,6 +142,26 @@ def add(
         message = f"A job of database {alias!r} cannot be a step of workflow {run}, of {using!r}."
         raise WorkflowError(message)
     named = [p.step for p in placeholders_in((job.args, job.kwargs)) if isinstance(p, StepResult)]
+
+    def work() -> TaskModel:
+        asked = {"depends_on": depends_on, "named": named, "when": when}
+        return _add(run, job, name, ignore_result=ignore_result, using=using, **asked)
+
+    # It locks rows before gates, as who ends a step does, and who cancels the other way round.
+    return tried_again(work, using=using)
+
+
+def _add(
+    run: WorkflowModel,
+    job: Job,
+    name: str | None,
+    *,
+    depends_on: Any,
+    named: Sequence[str],
+    ignore_result: bool,
+    when: When,
+    using: str,
+) -> TaskModel:
     with databases.of(using).write_transaction(connections[using]):
         # What is taken from others asks for their success, unless it is said otherwise.
         asked = dict.fromkeys(_resolved(run, named), When.SUCCESS)
