@@ -23,6 +23,7 @@ from .models import TaskModel, WorkflowModel, WorkflowStep
 from .options import LABEL_LENGTH_MAX, check_step_name
 from .placeholders import StepResult, placeholders_in, replaced
 from .runs import with_parent_results
+from .storable import CHARACTERS, is_storable
 from .workflow_rows import NewStep
 
 
@@ -454,6 +455,9 @@ def _checked_name(name: Any) -> str:
         message = (
             f"A workflow's name must be a text of 1 to {LABEL_LENGTH_MAX} characters, got {name!r}."
         )
+        raise ValueError(message)
+    if not is_storable(name):
+        message = f"A workflow's name has {CHARACTERS}."
         raise ValueError(message)
     return name
 

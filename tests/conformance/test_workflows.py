@@ -300,6 +300,12 @@ def test_a_last_call_is_cancelled_and_retried_by_itself(caplog):
     assert ran == ["last"] * 2
 
 
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "", " "])
+def test_a_workflow_s_name_is_a_text_that_every_database_stores(name):
+    with pytest.raises(ValueError, match="A workflow's name"):
+        Workflow(name)
+
+
 def test_circles_are_refused_and_named():
     wf = Workflow("circle")
     wf.add(call("a"), depends_on=["c"])
