@@ -35,7 +35,13 @@ from django.db.models import Model
 
 from . import placeholders
 from .conf import get_settings
-from .exceptions import BadSignature, PayloadError, PayloadTooLargeError
+from .exceptions import (
+    BadSignature,
+    MemoryLimitExceeded,
+    PayloadError,
+    PayloadTooLargeError,
+    TimeLimitExceeded,
+)
 from .placeholders import Placeholder
 
 PARAMS = "params"
@@ -46,6 +52,8 @@ _MODEL_KEY = "$model"
 _JSON_KEYS = {_MODEL_KEY, placeholders.STEP_KEY, placeholders.PARENTS_KEY}
 _LABELS = {PARAMS: "arguments", RETURNED: "results"}
 _REMEDIES = {"json": ", or use serializer='pickle'"}
+# What is no fault of the value's: a limit of the call that reads or stores it may pass meanwhile.
+_PASSED_ON = (PayloadError, SynchronousOnlyOperation, TimeLimitExceeded, MemoryLimitExceeded)
 
 
 def dumps_params(
@@ -109,7 +117,7 @@ def _none_returned(task_name: str, serializer: str) -> str:
 def _dumps(value: Any, *, kind: str, task_name: str, serializer: str) -> str:
     try:
         body = FORMATS[serializer].encode(value)
-    except (PayloadError, SynchronousOnlyOperation):
+    except _PASSED_ON:
         raise
     except Exception as error:  # whatever a value's own __reduce__ raises
         what = _culprit(value, serializer) if kind == PARAMS else "The result"
@@ -163,7 +171,7 @@ def _loads(text: str, *, kind: str, task_name: str) -> Any:
         raise BadSignature(message)
     try:
         return FORMATS[name].decode(body)
-    except (PayloadError, SynchronousOnlyOperation):
+    except _PASSED_ON:
         raise
     except Exception as error:  # unpickling runs the code of whatever was stored
         message = (

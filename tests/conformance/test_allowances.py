@@ -268,6 +268,28 @@ def test_limits_that_pass_as_calls_end_hit_no_other_call():
     assert not any(outcomes(row) for row in others)
 
 
+class SlowToRead:
+    def __reduce__(self):
+        return spin, ()
+
+
+class SlowToStore:
+    def __reduce__(self):
+        spin()
+
+
+@pytest.mark.parametrize("serialize", ["arguments", "result"])
+def test_limit_that_passes_as_values_are_read_or_stored_is_what_the_call_fails_with(serialize):
+    if serialize == "arguments":
+        row = schedule(len, SlowToRead(), time_limit=LIMIT)
+    else:
+        row = schedule(SlowToStore, time_limit=LIMIT)
+    run_burst()
+
+    row.refresh_from_db()
+    assert failed_with(row, TOO_LONG)
+
+
 def test_connection_of_an_interrupted_call_is_not_the_next_ones():
     used = []
 
