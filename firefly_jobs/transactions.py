@@ -193,7 +193,7 @@ class CallTransaction:
         if self._is_lost:
             return False
         if not was_call:
-            self._abandon_what_was_left_open()
+            self.drop_what_is_open()
             if self._connection.errors_occurred and not self.database.is_usable(self._connection):
                 self.abandon()
                 self._is_lost = not self._is_torn
@@ -210,6 +210,15 @@ class CallTransaction:
             self._is_lost = not self._is_torn
             return self._is_torn
         return True
+
+    def drop_what_is_open(self) -> None:
+        """Undo what nobody will commit: transactions that were begun by hand and left open.
+
+        The next call would find them; until it comes, they would keep others waiting.
+        """
+        self._abandon_what_was_left_open()
+        if self._seen_elsewhere:
+            self._tidy_other_aliases(are_torn=False)
 
     # --- hooks: what one did can be undone without the rest
 

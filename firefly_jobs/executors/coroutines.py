@@ -300,7 +300,10 @@ async def _end(
         # What the call has left running on the lane was watched until now.
         if allowance is not None:
             allowance.end()
-        return finish(transaction)
+        outcome = finish(transaction)
+        if transaction is not None:
+            transaction.drop_what_is_open()
+        return outcome
 
     if binding is None or binding.lane is None:
         return end(None)

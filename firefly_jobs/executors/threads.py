@@ -67,6 +67,7 @@ class SyncLane(threading.Thread):
                     alone = group.run(claim)
                 for claim in alone:
                     self._execute(claim, transaction)
+                transaction.drop_what_is_open()
         except BaseException:
             # A mistake of ours: without its lane the consumer would look alive and do nothing.
             logger.exception("A lane ended unexpectedly; the consumer stops")

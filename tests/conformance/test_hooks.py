@@ -364,13 +364,32 @@ def test_calls_go_on_in_their_transactions_after_hooks_in_autocommit_mode():
     assert effects() == [1, 3]
 
 
-def test_a_transaction_that_a_failure_hook_left_open_is_undone():
-    first = schedule_hooked(broken, on_failure=lambda *_: connection.set_autocommit(False))
-    second = schedule_hooked(lambda: create(2))
-    run_burst()
+def leave_open(*_):
+    connection.set_autocommit(False)
+    create(1)
 
-    assert statuses_of(first, second) == ["failed", "completed"]
-    assert effects() == [2]
+
+async def aleave_open(*_):
+    await sync_to_async(leave_open)()
+
+
+@pytest.mark.parametrize(
+    ("body", "task", "hook"),
+    [
+        (broken, tasks.hooked, leave_open),
+        (abroken, tasks.ahooked, aleave_open),
+        (abroken, tasks.ahooked_plainly, leave_open),
+    ],
+    ids=["sync", "async", "async with a plain hook"],
+)
+@pytest.mark.parametrize("options", [{}, {"group_commit": True}], ids=["single", "group"])
+def test_a_transaction_that_a_failure_hook_left_open_is_undone(body, task, hook, options):
+    # Nothing runs after it on its thread, and its own outcome is written by another one.
+    row = schedule_hooked(body, task=task, on_failure=hook)
+    run_burst(**options)
+
+    assert statuses_of(row) == ["failed"]
+    assert effects() == []
 
 
 @pytest.mark.sqlite

@@ -1,10 +1,11 @@
 """Tasks on other databases, and calls that leave connections to them in any state."""
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.db import transaction
 
 from firefly_jobs import current_task
-from tests.conformance.support import run_burst, schedule
+from tests.conformance.support import consuming, run_burst, schedule
 from tests.testapp.models import Effect
 
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "other"])
@@ -41,6 +42,31 @@ def test_a_transaction_left_open_elsewhere_does_not_swallow_the_effects_of_the_n
         row.refresh_from_db()
         assert row.status == "completed"
     assert list(Effect.objects.using("other").values_list("task_key", flat=True)) == ["other"]
+
+
+async def leave_an_effect_uncommitted_async():
+    await sync_to_async(leave_an_effect_uncommitted)()
+
+
+def leave_it_and_fail():
+    leave_an_effect_uncommitted()
+    raise ValueError
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [leave_an_effect_uncommitted, leave_it_and_fail, leave_an_effect_uncommitted_async],
+    ids=["returns", "raises", "coroutine"],
+)
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_transaction_left_open_elsewhere_locks_nothing_while_no_call_follows(leave, atomic):
+    row = schedule(leave, atomic=atomic)
+
+    with consuming():
+        row.wait_finished(20)
+        # On SQLite the one that is left open is the only one that can write.
+        Effect.objects.using("other").create(task_key="after", value=3)
+        assert list(Effect.objects.using("other").values_list("value", flat=True)) == [3]
 
 
 async def tell_database_async():
