@@ -13,12 +13,13 @@ What sets all counters of a workflow from its rows stands in ``rebuilding``.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from django.db import connections, transaction
+from django.db import Error, connections, transaction
 from django.db.models import F
 
 from . import admission, databases, events, following, messenger, tallies
@@ -33,6 +34,8 @@ from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, Workfl
 from .states import Status, WorkflowStatus
 from .wakeup import announce, announce_ended
 from .workflow_models import IS_IGNORED
+
+logger = logging.getLogger("firefly_jobs")
 
 SKIPPED = "skipped: a step before it did not end as this one asks"
 _BATCH = 1_000
@@ -289,7 +292,7 @@ class Walk:
         reason = f"step {name!r} failed"
         workflows = WorkflowModel.objects.using(self._using).filter(pk=self._workflow, error="")
         workflows.update(error=f"{reason}: {end.error}" if end.error else reason)
-        self._cut_short(self._not_started(is_cleanup=False), f"cancelled: {reason}")
+        self._cut_all_short(self._not_started(is_cleanup=False), f"cancelled: {reason}")
 
     def cancel(self) -> bool:
         """Cancel all steps that have not started; return whether the workflow had not ended."""
@@ -299,9 +302,21 @@ class Walk:
         running = workflows.filter(pk=self._workflow, status=WorkflowStatus.RUNNING)
         if not running.update(is_cancelled=True):
             return False
-        self._cut_short(self._not_started(), "cancelled: the workflow was cancelled")
+        self._cut_all_short(self._not_started(), "cancelled: the workflow was cancelled")
         self._walk()
         return True
+
+    def cancel_late(self, ids: Sequence[int], error: str) -> None:
+        """Cancel steps of a stopping workflow that were passed over, unless they have started."""
+        rows = TaskModel.objects.using(self._using).filter(pk__in=ids, status__in=_WAITING)
+        # Before the gates, as by who adds a step; that is whom they are mostly locked by.
+        left = list(rows.order_by("pk").select_for_update().values_list("pk", flat=True))
+        workflows = WorkflowModel.objects.using(self._using)
+        running = workflows.filter(pk=self._workflow, status=WorkflowStatus.RUNNING)
+        stopping = running.exclude(error="", is_cancelled=False)
+        if left and stopping.exists() and self.lock_gates():
+            self._cut_short(left, error)
+            self._walk()
 
     def cancel_steps(self, ids: Sequence[int], error: str) -> int:
         """Cancel some steps that have not started; return how many."""
@@ -312,6 +327,15 @@ class Walk:
         count = len(self._cancelled) - before
         self._walk()
         return count
+
+    def _cut_all_short(self, ids: Sequence[int], error: str) -> None:
+        """Cancel all steps that have not started, as the workflow stops."""
+        self._cut_short(ids, error)
+        if passed_over := sorted(set(ids).difference(self._cancelled)):
+            # Mostly they have started.  Nobody else would cancel one that was locked for another
+            # reason; waiting for that comes after we have let go of the gates.
+            late = partial(_cancel_late, self._workflow, passed_over, error, using=self._using)
+            transaction.on_commit(late, self._using)
 
     def _cut_short(self, ids: Sequence[int], error: str) -> None:
         """Cancel steps although those before them may not have ended.
@@ -385,6 +409,26 @@ def _follow_after(ends: Sequence[End], *, using: str) -> None:
     with databases.of(using).own_transaction(connections[using]):
         ours = following.take([end.id for end in ends], using=using)
         follow([end for end in ends if end.id in ours], using=using)
+
+
+def _cancel_late(workflow: int, ids: Sequence[int], error: str, *, using: str) -> None:
+    """Cancel the steps that were locked when their workflow stopped, once they are not."""
+
+    def work() -> None:
+        with databases.of(using).own_transaction(connections[using]):
+            Walk(workflow, using).cancel_late(ids, error)
+
+    try:
+        tried_again(work, using=using)
+    except Error:
+        # The workflow has stopped, whatever becomes of them; and a dispatcher waits for no lock.
+        logger.warning(
+            "Workflow %s stopped while another session had locked steps of it that had not "
+            "started; they may start once it lets go: tasks %s",
+            workflow,
+            ids,
+            exc_info=True,
+        )
 
 
 # --- what people do

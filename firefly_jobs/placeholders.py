@@ -1,7 +1,7 @@
 """Arguments that are not known yet: what other steps of a workflow return.
 
 They travel in the arguments of a step, as values, and are replaced when its call starts.
-They are found inside of lists, tuples and dictionaries.
+They are found inside of lists, tuples, sets, and the values of dictionaries.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def placeholders_in(value: Any) -> Iterator[Placeholder]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from placeholders_in(item)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
             yield from placeholders_in(item)
 
@@ -77,4 +77,4 @@ def replaced(value: Any, replace: Callable[[Placeholder], Any]) -> Any:
     if isinstance(value, tuple):
         # A named tuple takes its items one by one.
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return items
+    return items if isinstance(value, list) else type(value)(items)

@@ -7,7 +7,7 @@ another run.  What happens then is the business of ``dependencies``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,8 +113,8 @@ class Workflow:
         # All names, and the last number that was given to one, so that thousands are added soon.
         self._taken: set[str] = set()
         self._numbers: dict[str, int] = {}
-        self._on_success = None if on_success is None else _as_job(on_success)
-        self._on_failure = None if on_failure is None else _as_job(on_failure)
+        last = {"on_success": on_success, "on_failure": on_failure}
+        self._last = {word: _as_job(job) for word, job in last.items() if job is not None}
 
     def __repr__(self) -> str:
         return f"<Workflow {self.name}: {len(self._steps)} steps>"
@@ -186,7 +186,7 @@ class Workflow:
         level: int,
         condition: When,
     ) -> Part:
-        if workflow._on_success is not None or workflow._on_failure is not None:
+        if workflow._last:
             message = (
                 f"Workflow {workflow.name!r} has on_success or on_failure, which a part of another "
                 f"workflow cannot have. Add a step that depends on it instead."
@@ -254,17 +254,24 @@ class Workflow:
                 for one, condition in self._parents(step, parent, step.condition):
                     edges.parents[Dependency(places[one.name], condition)] = None
             known = {d.parent for d in edges.parents}
-            for name in _results_in(step.job):
-                if name not in places:
-                    message = (
-                        f"Step {step.name!r} takes the result of {name!r}, which is no step of "
-                        f"workflow {self.name!r}.{suggestion(name, places)}"
-                    )
-                    raise WorkflowError(message)
+            for name in self._results_in(step.job, f"Step {step.name!r}", places):
                 if places[name] not in known:
                     edges.parents[Dependency(places[name])] = None
             found.append(edges)
+        for word, job in self._last.items():
+            self._results_in(job, f"{word}=", places)
         return found
+
+    def _results_in(self, job: Job, who: str, places: Mapping[str, int]) -> list[str]:
+        names = _results_in(job)
+        for name in names:
+            if name not in places:
+                message = (
+                    f"{who} takes the result of {name!r}, which is no step of workflow "
+                    f"{self.name!r}.{suggestion(name, places)}"
+                )
+                raise WorkflowError(message)
+        return names
 
     def _parents(self, step: Step, parent: Any, condition: When) -> Iterator[tuple[Step, When]]:
         if isinstance(parent, After):
@@ -335,8 +342,8 @@ class Workflow:
     @property
     def alias(self) -> str:
         """The alias of the database that its steps belong to."""
-        last = [job for job in (self._on_success, self._on_failure) if job is not None]
-        return _alias_of([*(step.job for step in self._steps), *last], self.name)
+        jobs = [*(step.job for step in self._steps), *self._last.values()]
+        return _alias_of(jobs, self.name)
 
     def _schedule(self, queue: str | None, occurrence: Occurrence | None = None) -> WorkflowModel:
         steps, plan, last = self._rows(queue)
@@ -363,8 +370,7 @@ class Workflow:
             NewStep(job.row(), node, step.ignore_result)
             for job, node, step in zip(jobs, nodes, self._steps, strict=True)
         ]
-        last = {"on_success": self._on_success, "on_failure": self._on_failure}
-        return steps, plan, {word: job.row() for word, job in last.items() if job is not None}
+        return steps, plan, {word: job.row() for word, job in self._last.items()}
 
     async def aschedule(self) -> WorkflowModel:
         """Schedule from a coroutine."""

@@ -136,7 +136,7 @@ def test_several_ends_in_one_statement_are_all_told():
 
 
 def test_members_of_a_group_are_told(monkeypatch):
-    monkeypatch.setattr("firefly_jobs.pace.SHORT_SECONDS", 0.025)
+    monkeypatch.setattr("firefly_jobs.pace.SHORT_SECONDS", 1.0)
     schedule_warm_up()
     rows = [schedule(create) for _ in range(5)]
     with groups() as found:

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "othe
 @pytest.fixture(autouse=True)
 def busy_machine(monkeypatch):
     """Take calls for short that take their time because others use the machine as well."""
-    monkeypatch.setattr("firefly_jobs.pace.SHORT_SECONDS", 0.025)
+    monkeypatch.setattr("firefly_jobs.pace.SHORT_SECONDS", 1.0)
 
 
 def create(value=1):

@@ -220,7 +220,7 @@ def test_what_a_receiver_is_told_is_committed():
 
 
 def test_members_of_a_group_are_told_after_its_commit(monkeypatch):
-    monkeypatch.setattr("firefly_jobs.pace.SHORT_SECONDS", 0.025)
+    monkeypatch.setattr("firefly_jobs.pace.SHORT_SECONDS", 1.0)
     schedule_warm_up()
     rows = [schedule(create) for _ in range(5)]
     seen = []

@@ -29,6 +29,7 @@ from firefly_jobs.databases import Completion, Database
 from firefly_jobs.databases.functions import Isolation
 from firefly_jobs.dependencies import End, Walk
 from firefly_jobs.models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowStep
+from firefly_jobs.placeholders import StepResult
 from firefly_jobs.states import Status
 from tests.conformance import tasks
 from tests.conformance.support import (
@@ -37,9 +38,11 @@ from tests.conformance.support import (
     captured_statements,
     claim,
     consuming,
+    query,
     repeatable_reads,
     rows_read,
     run_burst,
+    second_connection,
     session_id,
 )
 from tests.support.threads import Concurrent
@@ -77,6 +80,11 @@ def gather(parent_results):
 @task
 def add(a, b):
     return a + b
+
+
+@task
+def echo(value):
+    return value
 
 
 def states(run):
@@ -211,6 +219,35 @@ def test_results_of_parents_are_passed():
     assert TaskModel.objects.get(step__name="gather").returned == {"a": 20, "b": 22}
     assert TaskModel.objects.get(step__name=total.name).returned == 42
     assert ended(run) == ("completed", "")
+
+
+@pytest.mark.parametrize(
+    "container", [list, tuple, set, frozenset, lambda items: dict(enumerate(items))]
+)
+def test_results_are_found_inside_of_containers(container):
+    wf = Workflow("contained")
+    a = wf.add(call("a", 20))
+    wf.add(echo.job.with_args([container([a.result, 1])]))
+    wf.schedule()
+
+    run_burst()
+
+    assert TaskModel.objects.get(step__name="echo").returned == [container([20, 1])]
+
+
+@pytest.mark.parametrize("who", ["Step 'takes'", "on_success=", "on_failure="])
+def test_the_result_of_an_unknown_step_is_refused(who):
+    taking = add.job.with_args(StepResult("extrakt"), 1).with_name("takes")
+    wf = Workflow("w", **({who[:-1]: taking} if who.endswith("=") else {}))
+    wf.add(call("extract"))
+    if not who.endswith("="):
+        wf.add(taking)
+
+    message = f"{who} takes the result of 'extrakt', which is no step of workflow 'w'"
+    with pytest.raises(WorkflowError, match=f"{message}.*'extract'"):
+        wf.schedule()
+
+    assert not TaskModel.objects.exists()
 
 
 def test_a_wide_fan_in_starts_once():
@@ -412,6 +449,71 @@ def test_cancelling_meets_a_call_that_has_added_a_step(cancel):
     assert cancelling.result()
     run_burst()
     assert ended(run)[0] == ("cancelled" if cancel is WorkflowModel.cancel else "completed")
+
+
+@contextlib.contextmanager
+def locked(row):
+    with second_connection() as other:
+        other.set_autocommit(False)
+        query(other, f"SELECT id FROM {TaskModel._meta.db_table} WHERE id = {row.pk} FOR UPDATE")
+        yield
+        other.rollback()
+        other.set_autocommit(True)
+
+
+def stop_by_failure(held):
+    settlement = decide(Outcome(claim=held, duration=0.0, error=ValueError("a")), max_rescues=0)
+    lifecycle.settle(settlement, using="default", consumer=None)
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+@pytest.mark.parametrize("is_limited", [False, True])
+@pytest.mark.parametrize("how", ["cancel", "failure"])
+def test_a_due_step_that_another_session_has_locked_is_cancelled_as_well(how, is_limited):
+    b = call("b").with_options(concurrency=1) if is_limited else call("b")
+    run = group(call("a"), b).schedule()
+    (held,) = claim(limit=1)
+    sessions: SimpleQueue[int] = SimpleQueue()
+
+    def stops():
+        connection.ensure_connection()
+        sessions.put(session_id(connection))
+        if how == "cancel":
+            assert WorkflowModel.objects.get().cancel()
+        else:
+            stop_by_failure(held)
+
+    with locked(TaskModel.objects.get(step__name="b")):
+        stopping = Concurrent(stops)
+        session = sessions.get(timeout=10)
+        eventually(lambda: assert_waits_for_lock(session))
+        # It waits with what it has decided committed, and holds no gate.
+        run.refresh_from_db()
+        assert run.is_cancelled or run.error
+        if how == "cancel":
+            complete(held)
+    # A consumer that comes now finds nothing: who waits for the row's lock is before it.
+    stopping.result()
+
+    assert states(run)["b"] == "cancelled"
+    assert ended(run)[0] == ("cancelled" if how == "cancel" else "failed")
+    assert ran == []
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+def test_a_step_that_stays_locked_keeps_no_dispatcher(caplog):
+    run = group(call("a"), call("b")).schedule()
+    (held,) = claim(limit=1)
+
+    with locked(TaskModel.objects.get(step__name="b")):
+        databases.of("default").prepare_dispatcher(connection, 0)
+        stop_by_failure(held)
+    connection.close()
+
+    assert states(run)["b"] == "created"
+    assert "they may start once it lets go" in caplog.text
 
 
 @pytest.mark.postgresql
