@@ -117,7 +117,13 @@ def problems_of(plan: Any) -> dict[str, str]:
         plan: Whatever has the fields of :class:`Declaration`, but for its call.
     """
     found: dict[str, str] = {}
-    for check in (_name_problem, _recurrence_problem, _span_problem, _number_problem):
+    for check in (
+        _name_problem,
+        _zone_problem,
+        _recurrence_problem,
+        _span_problem,
+        _number_problem,
+    ):
         if (problem := check(plan)) is not None:
             found.setdefault(*problem)
     for word, kind in (("misfire", Misfire), ("overlap", Overlap)):
@@ -143,21 +149,27 @@ def _name_problem(plan: Any) -> tuple[str, str] | None:
     return None
 
 
+def _zone_problem(plan: Any) -> tuple[str, str] | None:
+    if not plan.timezone:
+        return None
+    if not plan.cron:
+        return "timezone", "A time zone belongs to a cron expression; an interval has none."
+    try:
+        zone_of(plan.timezone)
+    except (ValueError, TypeError) as error:
+        return "timezone", str(error)
+    return None
+
+
 def _recurrence_problem(plan: Any) -> tuple[str, str] | None:
     if plan.cron and plan.every is not None:
         return "every", "Give either a cron expression or an interval, not both."
-    if plan.timezone and not plan.cron:
-        return "timezone", "A time zone belongs to a cron expression; an interval has none."
-    field = "cron"
+    field = "cron" if plan.cron else "every"
     try:
-        if plan.timezone:
-            field = "timezone"
-            zone_of(plan.timezone)
         if plan.cron:
-            field = "cron"
-            parse(plan.cron, timezone=plan.timezone or None)
+            # In any zone, so that what is wrong with either is told at once.
+            parse(plan.cron, timezone=None if _zone_problem(plan) else plan.timezone or None)
         elif plan.every is not None:
-            field = "every"
             Interval(plan.every, datetime.now(UTC))
     except (ValueError, TypeError) as error:
         return field, str(error)

@@ -144,7 +144,10 @@ def check_call(row: ScheduleModel) -> None:
         if isinstance(call, Job):
             call.row()
     except Exception as error:  # a job type's validate may raise anything
-        raise ValidationError({"arguments": f"{type(error).__name__}: {error}"}) from error
+        # What is about the arguments says so; of anything else its kind tells more.
+        is_told = isinstance(error, TypeError | ValueError) and str(error)
+        problem = str(error) if is_told else f"{type(error).__name__}: {error}"
+        raise ValidationError({"arguments": problem}) from error
     using = row._state.db or get_settings().DATABASE
     if call is not None and call.alias != using:
         message = f"Its calls belong to database {call.alias!r}, and the schedule to {using!r}."

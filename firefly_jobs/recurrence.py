@@ -91,6 +91,18 @@ class Interval:
 Recurrence = Cron | Interval
 
 
+def interval_in_words(interval_seconds: float) -> str:
+    """Return an interval exactly, such as ``"1 h 30 min"``."""
+    whole = timedelta(seconds=interval_seconds)
+    minutes, rest = divmod(whole.seconds, 60)
+    found = [(whole.days, "d"), (minutes // 60, "h"), (minutes % 60, "min")]
+    words = [f"{number} {unit}" for number, unit in found if number]
+    if rest or whole.microseconds or not words:
+        fraction = f".{whole.microseconds:06d}".rstrip("0").rstrip(".")
+        words.append(f"{rest}{fraction} s")
+    return " ".join(words)
+
+
 class Due(NamedTuple):
     """What fires now, and when the next one does; ``None``: never again."""
 

@@ -13,6 +13,7 @@ from django import forms
 from django.contrib.admin.widgets import AdminDateWidget, AdminTextInputWidget
 from django.core.exceptions import ValidationError
 from django.core.serializers.json import DjangoJSONEncoder
+from django.forms.fields import InvalidJSONInput
 from django.utils.translation import gettext_lazy as _
 
 from firefly_jobs import registry
@@ -168,6 +169,20 @@ class ArgumentsField(forms.JSONField):
         """Show nothing where there is nothing."""
         return "" if value is None else super().prepare_value(value)
 
+    def to_python(self, value: Any) -> Any:
+        """Read it."""
+        try:
+            return super().to_python(value)
+        except RecursionError:
+            raise ValidationError(_("This is nested too deeply.")) from None
+
+    def bound_data(self, data: Any, initial: Any) -> Any:
+        """Return what was entered, to be shown again."""
+        try:
+            return super().bound_data(data, initial)
+        except RecursionError:
+            return InvalidJSONInput(data)
+
 
 class ScheduleForm(_ScheduleForm):
     """A schedule: what it calls, checked against the code, and when."""
@@ -223,7 +238,7 @@ class SavedJobForm(_SavedForm):
         model = SavedJob
         field_classes = {"job_args": ArgumentsField}  # noqa: RUF012 - as Django reads it
         fields = (
-            *("name", "task_name", "obj_type", "job_args"),
+            *("name", "task_name", "job_args"),
             *("target_type", "target_pk", "relation"),
         )
         help_texts = {  # noqa: RUF012 - as Django reads it
@@ -236,5 +251,14 @@ class SavedJobForm(_SavedForm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        choices = [(job.task_name, job.name) for job in registered_jobs()]
+        jobs = registered_jobs()
+        choices = [(job.task_name, f"{job.name} ({job.task_data_type})") for job in jobs]
         self.fields["task_name"] = forms.ChoiceField(label=_("Job"), choices=choices)
+
+    def clean(self) -> dict[str, Any]:
+        """Take over the type of objects, which the job says."""
+        found: dict[str, Any] = super().clean() or {}
+        kinds = {job.task_name: job.task_data_type for job in registered_jobs()}
+        if found.get("task_name") in kinds:
+            self.instance.obj_type = kinds[found["task_name"]]
+        return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from django.apps import apps
 from django.contrib import admin, messages
 from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
+from django.core.exceptions import ObjectDoesNotExist, ValidationError
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
@@ -21,11 +22,13 @@ from firefly_jobs.registered_jobs import (
     NamedJob,
     RegisteredJob,
     check_start,
+    find,
     get_job_from_name,
     registered_jobs,
 )
 
 from .forms import SavedJobForm, arguments_form, entered
+from .presentation import NOTHING
 from .rows import alias
 
 if TYPE_CHECKING:
@@ -156,7 +159,7 @@ class SavedJobAdmin(_SavedAdmin):
     """Starts that are kept by name."""
 
     form = SavedJobForm
-    list_display = ("name", "task_name", "obj_type", "target_type", "target_pk", "relation")
+    list_display = ("name", "job_name", "obj_type", "what_for", "relation")
     list_filter = ("task_name", "obj_type")
     search_fields = ("name",)
     actions = ("start_now",)
@@ -164,6 +167,24 @@ class SavedJobAdmin(_SavedAdmin):
     def get_queryset(self, request: HttpRequest) -> QuerySet[SavedJob]:
         """Read from the database of the tasks."""
         return super().get_queryset(request).using(alias())
+
+    @admin.display(description=_("job"), ordering="task_name")
+    def job_name(self, saved: SavedJob) -> str:
+        """Show the job's name; where it is known here no more, that of its task."""
+        try:
+            return find(saved.task_name).name
+        except JobRefused:
+            return str(saved.task_name)
+
+    @admin.display(description=_("target"), ordering="target_type")
+    def what_for(self, saved: SavedJob) -> str:
+        """Show the target, or that it has gone."""
+        try:
+            target = saved.target
+        except (ObjectDoesNotExist, LookupError, ValueError, ValidationError):
+            gone = _("gone: %(type)s %(pk)s")
+            return str(gone % {"type": saved.target_type, "pk": saved.target_pk})
+        return NOTHING if target is None else f"{target} ({target._meta.verbose_name})"
 
     def save_model(self, request: HttpRequest, obj: SavedJob, form: Any, change: bool) -> None:
         """Write to the database of the tasks."""

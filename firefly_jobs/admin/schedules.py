@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from django.contrib import admin, messages
@@ -12,10 +13,13 @@ from django.http import HttpRequest
 from django.urls import reverse
 from django.utils.html import format_html, format_html_join
 from django.utils.translation import gettext_lazy as _
+from django.utils.translation import ngettext
 
 from firefly_jobs.autodiscovery import import_tasks
 from firefly_jobs.exceptions import JobRefused, ScheduleError
 from firefly_jobs.models import ScheduleModel
+from firefly_jobs.planning import check_call
+from firefly_jobs.recurrence import interval_in_words
 
 from .forms import ScheduleForm
 from .presentation import NOTHING, brief_moment, moment, short_repr
@@ -29,6 +33,17 @@ else:
 UPCOMING = 10
 TASKS_SHOWN = 10
 _OF_THE_CODE = ("name", "func_name", "saved_job")
+# What is wrong with a row: its own columns, its call, or what reads cron expressions.
+_BROKEN = (ValidationError, ValueError, ImproperlyConfigured)
+
+
+def _told(error: Exception) -> str:
+    return "; ".join(getattr(error, "messages", None) or [str(error)])
+
+
+def _without_readonly(options: Any) -> dict[str, Any]:
+    fields = tuple(name for name in options["fields"] if name not in ScheduleAdmin.readonly_fields)
+    return {**options, "fields": fields}
 
 
 @admin.register(ScheduleModel)
@@ -84,6 +99,14 @@ class ScheduleAdmin(_ModelAdmin):
         import_tasks()
         return super().get_form(request, *args, **kwargs)
 
+    def get_fieldsets(self, request: HttpRequest, obj: ScheduleModel | None = None) -> Any:
+        """Leave out of the form of a new one what only consumers and time can tell."""
+        found = super().get_fieldsets(request, obj)
+        if obj is not None:
+            return found
+        shown = [(title, _without_readonly(options)) for title, options in found]
+        return [(title, options) for title, options in shown if options["fields"]]
+
     def get_readonly_fields(self, request: HttpRequest, obj: ScheduleModel | None = None) -> Any:
         """Leave to the code what belongs to it."""
         found = super().get_readonly_fields(request, obj)
@@ -122,8 +145,8 @@ class ScheduleAdmin(_ModelAdmin):
         for row in queryset:
             try:
                 started = row.run_now(user=request.user)
-            except (ScheduleError, JobRefused, ValueError, TypeError) as error:
-                self.message_user(request, f"{row}: {error}", messages.ERROR)
+            except (ScheduleError, JobRefused, *_BROKEN, TypeError) as error:
+                self.message_user(request, f"{row}: {_told(error)}", messages.ERROR)
             else:
                 text = _("Started “%(name)s”: %(what)s.") % {"name": row, "what": started}
                 self.message_user(request, text, messages.SUCCESS)
@@ -131,27 +154,40 @@ class ScheduleAdmin(_ModelAdmin):
     @admin.action(permissions=["change"], description=_("Pause selected schedules"))
     def pause_selected(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         """Let none of them fire."""
-        self._each(request, queryset, "pause", _("Paused %(count)s schedules."))
+        self._each(
+            request,
+            queryset.filter(is_paused=False),
+            "pause",
+            lambda n: ngettext("Paused %(count)s schedule.", "Paused %(count)s schedules.", n),
+        )
 
     @admin.action(permissions=["change"], description=_("Resume selected schedules"))
     def resume_selected(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         """Let them fire again."""
         import_tasks()
-        self._each(request, queryset, "resume", _("Resumed %(count)s schedules."))
+        self._each(
+            request,
+            queryset.filter(is_paused=True),
+            "resume",
+            lambda n: ngettext("Resumed %(count)s schedule.", "Resumed %(count)s schedules.", n),
+        )
 
-    def _each(self, request: HttpRequest, queryset: QuerySet[Any], verb: str, text: Any) -> None:
+    def _each(
+        self, request: HttpRequest, queryset: QuerySet[Any], verb: str, text: Callable[[int], str]
+    ) -> None:
         """Do something with each; what is wrong with one is told, and the others go on."""
-        count = 0
-        for row in queryset:
+        rows, count = list(queryset), 0
+        for row in rows:
             try:
                 getattr(row, verb)()
-            except (ValidationError, ValueError, ImproperlyConfigured) as error:
-                problem = "; ".join(getattr(error, "messages", None) or [str(error)])
-                self.message_user(request, f"{row}: {problem}", messages.ERROR)
+            except _BROKEN as error:
+                self.message_user(request, f"{row}: {_told(error)}", messages.ERROR)
             else:
                 count += 1
         if count:
-            self.message_user(request, text % {"count": count}, messages.SUCCESS)
+            self.message_user(request, text(count) % {"count": count}, messages.SUCCESS)
+        elif not rows:
+            self.message_user(request, _("There was nothing to do."), messages.INFO)
 
     # --- columns and fields
 
@@ -160,7 +196,7 @@ class ScheduleAdmin(_ModelAdmin):
         """Show the expression, or the interval."""
         if row.cron:
             return format_html('<code class="firefly-cron">{}</code> {}', row.cron, row.timezone)
-        return str(_("by hand")) if row.every is None else f"{row.every:g} s"
+        return str(_("by hand")) if row.every is None else interval_in_words(row.every)
 
     @admin.display(description=_("state"))
     def state(self, row: ScheduleModel) -> str:
@@ -221,11 +257,14 @@ class ScheduleAdmin(_ModelAdmin):
     @admin.display(description=_("next occurrences"))
     def next_occurrences(self, row: ScheduleModel) -> str:
         """Show the next ten, in the schedule's own time zone."""
+        if row.is_retired or row.is_paused:
+            return str(_("none: it is retired") if row.is_retired else _("none while it is paused"))
         try:
             zone = row.zone
-            found = row.upcoming(UPCOMING) if row.pk else []
-        except (ValueError, ImproperlyConfigured) as error:
-            return str(error)
+            found = row.upcoming(UPCOMING)
+            check_call(row)
+        except _BROKEN as error:
+            return format_html('<p class="firefly-refused">{}</p>', _told(error))
         if not found:
             return NOTHING
         lines = ((f"{one.astimezone(zone):%a %Y-%m-%d %H:%M:%S %Z}",) for one in found)

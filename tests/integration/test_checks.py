@@ -281,7 +281,7 @@ def test_schedules_that_do_not_fit_their_calls_are_w006():
     (found,) = checks.check_databases(databases=["default"])
 
     assert found.id == "firefly_jobs.W006"
-    assert "Schedule 'wrong' cannot run: TypeError: tests.testapp.tasks.add" in found.msg
+    assert "Schedule 'wrong' cannot run: tests.testapp.tasks.add" in found.msg
     ScheduleModel.objects.filter(pk=right.pk).update(func_name="tests.gone")
     (found,) = checks.check_databases(databases=["default"])
     assert "No task named 'tests.gone'" in found.msg

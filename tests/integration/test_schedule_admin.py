@@ -9,6 +9,7 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.contrib.auth.models import Permission
 from django.contrib.messages import get_messages
+from django.core.exceptions import ValidationError
 from django.test import Client
 
 from firefly_jobs import registered_jobs
@@ -71,10 +72,63 @@ def test_one_that_is_broken_can_be_paused_and_stops_nobody_else(admin_client):
     assert told(answer) == ["Paused 2 schedules."]
     answer = act(admin_client, "resume_selected", broken, other)
     problem, done = told(answer)[-2:]
-    assert problem.startswith("a: TypeError")
-    assert done == "Resumed 1 schedules."
+    assert problem.startswith("a: tests.conformance.tasks.nothing() -> None cannot be called")
+    assert done == "Resumed 1 schedule."
     other.refresh_from_db()
     assert not other.is_paused
+    # It was not paused any more.
+    assert told(act(admin_client, "resume_selected", other))[-1] == "There was nothing to do."
+
+
+def test_the_page_of_a_broken_one_says_why_in_place_of_when(admin_client):
+    row = schedule("a")
+    ScheduleModel.objects.filter(pk=row.pk).update(arguments={"args": [1, 2, 3]})
+    page = admin_client.get(f"{SCHEDULES}{row.pk}/change/").content.decode()
+    assert "cannot be called like this" in page
+    row.pause()
+    page = admin_client.get(f"{SCHEDULES}{row.pk}/change/").content.decode()
+    assert "none while it is paused" in page
+
+
+def test_a_new_one_is_asked_for_what_a_person_can_say(admin_client):
+    page = admin_client.get(f"{SCHEDULES}add/").content.decode()
+    assert 'name="cron"' in page
+    for word in ("How it goes", "Declared by", "Next occurrences", "Successes"):
+        assert word not in page
+
+
+def test_an_interval_is_shown_in_words(admin_client):
+    schedule("s")
+    ScheduleModel.objects.update(every=30 * 86400)
+    assert "30 d<" in admin_client.get(SCHEDULES).content.decode()
+
+
+def test_what_cannot_be_run_now_is_told(admin_client, monkeypatch):
+    row = schedule("s")
+    monkeypatch.setattr(
+        ScheduleModel, "run_now", mock.Mock(side_effect=ValidationError({"name": "no such"}))
+    )
+    assert told(act(admin_client, "run_selected_now", row)) == ["s: no such"]
+
+
+@pytest.mark.parametrize("depth", [300, 900, 5_000, 100_000])
+@pytest.mark.parametrize(
+    ("url", "field"),
+    [(f"{SCHEDULES}add/", "arguments"), ("/admin/firefly_jobs/savedjob/add/", "job_args")],
+)
+def test_arguments_that_are_nested_deeply_are_refused(admin_client, url, field, depth):
+    saved = {"task_name": "rename_files", "target_type": "", "target_pk": "", "relation": ""}
+    data = {**posted(), **saved, field: "[" * depth + "]" * depth}
+    answer = admin_client.post(url, data)
+    assert answer.status_code == 200
+    assert answer.context["adminform"].form.errors[field]
+
+
+def test_a_wrong_zone_and_a_wrong_expression_are_told_at_once(admin_client):
+    changes = posted(every="", cron="x", timezone="Not/There")
+    errors = admin_client.post(f"{SCHEDULES}add/", changes).context["adminform"].form.errors
+    assert set(errors) == {"cron", "timezone"}
+    assert all(len(problems) == 1 for problems in errors.values())
 
 
 @pytest.mark.parametrize(
@@ -194,12 +248,25 @@ def test_what_is_wrong_with_a_saved_job_is_told_in_words(admin_client, changes, 
     good = {
         "name": "s",
         "task_name": "rename_files",
-        "obj_type": "datafile",
         "job_args": '{"prefix": "x"}',
     }
     answer = admin_client.post("/admin/firefly_jobs/savedjob/add/", {**good, **changes})
     assert answer.status_code == 200
     assert words in answer.content.decode()
+    answer = admin_client.post("/admin/firefly_jobs/savedjob/add/", good)
+    assert answer.status_code == 302
+    assert SavedJob.objects.get().obj_type == "datafile"
+
+
+def test_saved_jobs_are_listed_by_the_names_that_people_know(admin_client, saved):
+    page = admin_client.get("/admin/firefly_jobs/savedjob/").content.decode()
+    assert "apollo (project)" in page
+    assert registered_jobs.find("rename_files").name in page
+    Project.objects.all().delete()
+    SavedJob.objects.create(name="lost", task_name="no_such_job", obj_type="x")
+    page = admin_client.get("/admin/firefly_jobs/savedjob/").content.decode()
+    assert f"gone: datafiles.project {saved.target_pk}" in page
+    assert "no_such_job" in page
 
 
 # --- the form of a start

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from firefly_jobs.conf import DURATION_SECONDS_MAX
 from firefly_jobs.cron import parse
-from firefly_jobs.recurrence import MISFIRES, Interval, due, jitter_seconds
+from firefly_jobs.recurrence import MISFIRES, Interval, due, interval_in_words, jitter_seconds
 
 INSTANT = timedelta(microseconds=1)
 # The night in which Oslo sets its clocks forward.
@@ -73,6 +73,23 @@ def test_moments_of_any_zone_are_understood_and_returned_in_utc():
 
     assert (interval.seconds, interval) == (3_600.0, Interval(3_600, START))
     assert (found, found.tzinfo) == (START + timedelta(hours=1), UTC)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (1, "1 s"),
+        (1.5, "1.5 s"),
+        (59.000001, "59.000001 s"),
+        (90, "1 min 30 s"),
+        (5400, "1 h 30 min"),
+        (86400, "1 d"),
+        (30 * 86400, "30 d"),
+        (90061.25, "1 d 1 h 1 min 1.25 s"),
+    ],
+)
+def test_an_interval_in_words_is_exact(seconds, words):
+    assert interval_in_words(seconds) == words
 
 
 def test_an_interval_ends_with_the_calendar():

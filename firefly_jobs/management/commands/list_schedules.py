@@ -6,10 +6,11 @@ from datetime import datetime
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from firefly_jobs.conf import get_settings
 from firefly_jobs.models import ScheduleModel
+from firefly_jobs.recurrence import interval_in_words
 
 
 class Command(BaseCommand):
@@ -28,15 +29,30 @@ class Command(BaseCommand):
         )
 
     def handle(self, *_args: Any, **options: Any) -> None:
-        """Print."""
+        """Print.
+
+        Raises:
+            CommandError: At the end, if there was none of a name, or one that cannot be read.
+        """
         using = options["database"] or get_settings().DATABASE
         rows = ScheduleModel.objects.using(using)
-        if options["name"]:
-            rows = rows.filter(name__in=options["name"])
+        wanted = set(options["name"])
+        if wanted:
+            rows = rows.filter(name__in=wanted)
+        broken = []
         for row in rows:
-            self._print(row, options["count"])
+            wanted.discard(row.name)
+            if not self._print(row, options["count"]):
+                broken.append(row.name)
+        if wanted:
+            message = f"There is no schedule {', '.join(map(repr, sorted(wanted)))}."
+            raise CommandError(message)
+        if broken:
+            message = f"Cannot be read here: {', '.join(broken)}."
+            raise CommandError(message)
 
-    def _print(self, row: ScheduleModel, count: int) -> None:
+    def _print(self, row: ScheduleModel, count: int) -> bool:
+        """Print one; return whether it could be read."""
         self.stdout.write(f"{row.name}: {_when(row)}, calls {row.calls}")
         self.stdout.write(
             f"  {_state(row)}; runs {row.run_count}, succeeded {row.success_count}, "
@@ -46,15 +62,17 @@ class Command(BaseCommand):
             lines = [_as_text(moment, row.zone) for moment in row.upcoming(count)]
         except (ValueError, ImproperlyConfigured) as error:
             # Those behind it are listed all the same.
-            lines = [f"cannot be read here: {error}"]
+            self.stdout.write(f"  cannot be read here: {error}")
+            return False
         for line in lines:
             self.stdout.write(f"  {line}")
+        return True
 
 
 def _when(row: ScheduleModel) -> str:
     if row.cron:
         return f"cron {row.cron!r} in {row.timezone}"
-    return "by hand" if row.every is None else f"every {row.every:g} s"
+    return "by hand" if row.every is None else f"every {interval_in_words(row.every)}"
 
 
 def _state(row: ScheduleModel) -> str:
