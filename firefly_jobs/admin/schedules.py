@@ -264,7 +264,8 @@ class ScheduleAdmin(_ModelAdmin):
             found = row.upcoming(UPCOMING)
             check_call(row)
         except _BROKEN as error:
-            return format_html('<p class="firefly-refused">{}</p>', _told(error))
+            problem = _told(error)
+            return format_html('<p class="firefly-refused">{} {}</p>', _("Cannot run:"), problem)
         if not found:
             return NOTHING
         lines = ((f"{one.astimezone(zone):%a %Y-%m-%d %H:%M:%S %Z}",) for one in found)

@@ -46,7 +46,9 @@ def page(monkeypatch) -> Iterator[Page]:
         )
         context = browser.new_context(viewport={"width": 1440, "height": 900})
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        # Others may use the machine as well.
+        page.set_default_timeout(30_000)
+        expect.set_options(timeout=30_000)
         yield page
         browser.close()
         # Beside a running loop Django keeps connections per context, out of reach of the
