@@ -37,6 +37,7 @@ class ParentResults:
 
 
 Placeholder = StepResult | ParentResults
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 def from_json(found: dict[str, Any]) -> Placeholder | None:
@@ -49,15 +50,16 @@ def from_json(found: dict[str, Any]) -> Placeholder | None:
 
 
 def placeholders_in(value: Any) -> Iterator[Placeholder]:
-    """Yield the placeholders in ``value``, and in what it contains."""
-    if isinstance(value, Placeholder):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from placeholders_in(item)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for item in value:
-            yield from placeholders_in(item)
+    """Yield the placeholders in ``value``, and in what it contains; it may contain itself."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, Placeholder):
+            yield one
+        elif isinstance(one, _CONTAINERS) and id(one) not in seen:
+            seen.add(id(one))
+            todo += reversed(list(one.values() if isinstance(one, dict) else one))
 
 
 def has_placeholders(value: Any) -> bool:

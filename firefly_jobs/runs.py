@@ -214,7 +214,7 @@ def _resolved(run: WorkflowModel, depends_on: Any) -> list[WorkflowStep]:
     if isinstance(depends_on, str | TaskModel):
         depends_on = [depends_on]
     found = []
-    for parent in depends_on:
+    for parent in depends_on or ():
         steps = _steps_of(run)
         key = {"pk": parent.pk} if isinstance(parent, TaskModel) else {"name": parent}
         step = steps.filter(**key).first()

@@ -235,6 +235,9 @@ class CallTransaction:
             TransactionDoomedError: If it left the transaction marked for rollback.
             Error: If the database did: by an error that the hook has caught.
         """
+        if self._connection.closed_in_transaction:
+            message = "The hook closed its call's database connection, so their effects are gone."
+            raise TransactionDoomedError(message)
         # Where no savepoint was needed, there is none whose release would tell.
         is_gone = not self._has_hook_mark and self._seen and self._session.is_gone()
         if self._connection.needs_rollback or is_gone:

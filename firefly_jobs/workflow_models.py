@@ -129,7 +129,7 @@ class WorkflowModel(models.Model):
         self,
         job: Any,
         name: str | None = None,
-        depends_on: Any = (),
+        depends_on: Any = None,
         *,
         ignore_result: bool = False,
         when: str = "success",

@@ -130,7 +130,7 @@ class Workflow:
         self,
         job: Any,
         name: str | None = None,
-        depends_on: Parent | Iterable[Parent] = (),
+        depends_on: Parent | Iterable[Parent] | None = None,
         priority: int | None = None,
         ignore_result: bool = False,
         when: str = "success",
@@ -444,7 +444,7 @@ def _as_job(item: Any) -> Job:
 def _as_tuple(parents: Any) -> tuple[Any, ...]:
     if isinstance(parents, str | Step | Part | After | Job):
         return (parents,)
-    return tuple(parents)
+    return () if parents is None else tuple(parents)
 
 
 def _level(priority: Any) -> int:

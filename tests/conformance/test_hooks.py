@@ -254,6 +254,14 @@ def test_an_attempt_whose_arguments_cannot_be_read_gets_the_hooks_of_a_failure(j
     assert seen == [((), "PayloadError")]
 
 
+@pytest.mark.parametrize("event", ["before_start", "on_success"])
+def test_a_hook_that_closes_the_connection_fails_its_call_and_is_told_so(event):
+    row = run_hooked(lambda: create(1), **{event: lambda *_: create(2) or connection.close()})
+
+    assert (row.status, effects()) == ("failed", [])
+    assert "The hook closed its call's database connection" in row.error
+
+
 @pytest.mark.server  # SQLite has one writer, so nobody can take a row while a call writes
 def test_what_a_lost_lease_drops_gets_no_more_hooks(heard):
     def lose():

@@ -235,6 +235,26 @@ def test_results_are_found_inside_of_containers(container):
     assert TaskModel.objects.get(step__name="echo").returned == [container([20, 1])]
 
 
+def test_arguments_of_steps_may_contain_themselves():
+    things: list[Any] = [1]
+    things.append(things)
+    chain(echo.job.with_args(things), call("b")).schedule()
+
+    run_burst()
+
+    returned = TaskModel.objects.get(step__name="echo").returned
+    assert (returned[0], returned[1] is returned) == (1, True)
+
+
+def test_a_step_may_depend_on_nothing():
+    wf = Workflow("none")
+    wf.add(call("a"), depends_on=None)
+    run = wf.schedule()
+    run.add(call("b"), depends_on=None)
+    run_burst()
+    assert sorted(ran) == ["a", "b"]
+
+
 @pytest.mark.parametrize("who", ["Step 'takes'", "on_success=", "on_failure="])
 def test_the_result_of_an_unknown_step_is_refused(who):
     taking = add.job.with_args(StepResult("extrakt"), 1).with_name("takes")
