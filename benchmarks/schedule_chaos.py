@@ -17,7 +17,7 @@ from django.db.models import QuerySet
 
 from firefly_jobs.databases.functions import DatabaseNow
 from firefly_jobs.models import ScheduleModel, TaskModel
-from firefly_jobs.recurring import recurring_job
+from firefly_jobs.recurring_jobs import recurring_job
 
 from . import chaos_tasks, tables
 from .chaos import END_SECONDS, LOOK_SECONDS, MARKS, Fleet

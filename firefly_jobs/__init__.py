@@ -36,6 +36,12 @@ if TYPE_CHECKING:
         WorkflowError,
     )
     from .hooks import FailedStep, TaskHooks
+    from .job_registry import (
+        get_job_from_name,
+        register_job,
+        registered_jobs,
+        start_job_from_name,
+    )
     from .jobs import Job, aschedule_many, schedule_many
     from .limits import Concurrency, RateLimit
     from .models import (
@@ -49,8 +55,8 @@ if TYPE_CHECKING:
         WorkflowModel,
     )
     from .priorities import Priority
+    from .recurring_jobs import Misfire, Overlap, recurring, recurring_job
     from .references import TaskReference
-    from .registered_jobs import get_job_from_name, register_job, start_job_from_name
     from .resources import Limit
     from .retries import Exponential, Fixed, RandomDelay, RetryStrategy
     from .states import Status
@@ -98,7 +104,13 @@ _HOMES = {
         "WorkflowModel",
     ),
     "references": ("TaskReference",),
-    "registered_jobs": ("get_job_from_name", "register_job", "start_job_from_name"),
+    "job_registry": (
+        "get_job_from_name",
+        "register_job",
+        "registered_jobs",
+        "start_job_from_name",
+    ),
+    "recurring_jobs": ("Misfire", "Overlap", "recurring", "recurring_job"),
     "priorities": ("Priority",),
     "resources": ("Limit",),
     "retries": ("Exponential", "Fixed", "RandomDelay", "RetryStrategy"),
@@ -125,6 +137,8 @@ __all__ = [
     "LeaseLost",
     "Limit",
     "MemoryLimitExceeded",
+    "Misfire",
+    "Overlap",
     "PayloadError",
     "PayloadTooLargeError",
     "Priority",
@@ -161,7 +175,10 @@ __all__ = [
     "current_task",
     "get_job_from_name",
     "group",
+    "recurring",
+    "recurring_job",
     "register_job",
+    "registered_jobs",
     "schedule_many",
     "start_job_from_name",
     "task",

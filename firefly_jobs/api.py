@@ -16,8 +16,8 @@ from uuid import UUID
 
 from django.core.serializers.json import DjangoJSONEncoder
 
+from .job_registry import Argument, RegisteredJob
 from .models import TaskModel
-from .registered_jobs import Argument, RegisteredJob
 from .states import Status
 
 TEXT_LENGTH_MAX = 1_000

@@ -33,9 +33,9 @@ from .autodiscovery import import_tasks
 from .conf import SETTING, get_settings, problems, suggestion
 from .databases import Problem
 from .hooks import load_shared
+from .job_registry import not_tasks
 from .models import ScheduleModel, TaskModel
 from .planning import check_call
-from .registered_jobs import not_tasks
 
 # As Django's own security.W009 has it.
 _SECRET_LENGTH_MIN = 50

@@ -1,6 +1,6 @@
 """The tables of registered jobs: who has started what, and starts that are kept by name.
 
-The rules are ``registered_jobs``'.
+The rules are ``job_registry``'.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .databases.functions import DatabaseNow
 from .storable import json_problem
 
 if TYPE_CHECKING:
+    from .job_registry import NamedJob
     from .models import TaskModel
-    from .registered_jobs import NamedJob
 
 JOB_LENGTH_MAX, TYPE_LENGTH_MAX, PK_LENGTH_MAX = 200, 100, 100
 

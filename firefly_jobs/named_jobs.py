@@ -1,4 +1,4 @@
-"""A start of a registered job that is checked; ``registered_jobs`` makes them."""
+"""A start of a registered job that is checked; ``job_registry`` makes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .jobs import Job
 from .models import TaskModel
 
 if TYPE_CHECKING:
-    from .registered_jobs import RegisteredJob
+    from .job_registry import RegisteredJob
 
 
 @dataclass(frozen=True, slots=True)

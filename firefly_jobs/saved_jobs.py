@@ -1,6 +1,6 @@
 """The rules of saved jobs: what a start that is kept by name stands for.
 
-A saved job is started through :func:`~firefly_jobs.registered_jobs.get_job_from_name`, so
+A saved job is started through :func:`~firefly_jobs.job_registry.get_job_from_name`, so
 every rule of a start holds for it as well; here stands only what it adds.
 """
 
@@ -13,7 +13,7 @@ from django.core.exceptions import ValidationError
 
 from .exceptions import JobRefused
 from .job_models import SavedJob
-from .registered_jobs import NamedJob, find, get_job_from_name
+from .job_registry import NamedJob, find, get_job_from_name
 
 
 def start_of(row: SavedJob, pks: Iterable[Any] | None, user: Any) -> NamedJob:

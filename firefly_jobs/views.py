@@ -39,8 +39,8 @@ from django.views.decorators.csrf import csrf_exempt
 from . import api
 from .conf import get_settings
 from .exceptions import JobRefused
+from .job_registry import find, get_job_from_name, is_staff, registered_jobs
 from .models import JobStart, TaskModel
-from .registered_jobs import find, get_job_from_name, is_staff, registered_jobs
 
 _SAFE = {"GET", "HEAD", "OPTIONS"}
 _SEES_ALL = "firefly_jobs.view_taskmodel"

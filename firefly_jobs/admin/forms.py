@@ -17,10 +17,10 @@ from django.forms.fields import InvalidJSONInput
 from django.utils.translation import gettext_lazy as _
 
 from firefly_jobs import registry
+from firefly_jobs.job_registry import Argument, RegisteredJob, registered_jobs
 from firefly_jobs.json_arguments import NoSuchValueError, from_json
 from firefly_jobs.models import SavedJob, ScheduleModel
 from firefly_jobs.planning import check_call
-from firefly_jobs.registered_jobs import Argument, RegisteredJob, registered_jobs
 
 if TYPE_CHECKING:
     _ScheduleForm = forms.ModelForm[ScheduleModel]

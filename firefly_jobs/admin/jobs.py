@@ -17,8 +17,7 @@ from django.utils.translation import gettext_lazy as _
 
 from firefly_jobs.conf import get_settings
 from firefly_jobs.exceptions import JobRefused
-from firefly_jobs.models import SavedJob
-from firefly_jobs.registered_jobs import (
+from firefly_jobs.job_registry import (
     NamedJob,
     RegisteredJob,
     check_start,
@@ -26,6 +25,7 @@ from firefly_jobs.registered_jobs import (
     get_job_from_name,
     registered_jobs,
 )
+from firefly_jobs.models import SavedJob
 
 from .forms import SavedJobForm, arguments_form, entered
 from .presentation import NOTHING

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from firefly_jobs import task
-from firefly_jobs.registered_jobs import register_job
+from firefly_jobs import register_job, task
 
 from .models import DataFile
 

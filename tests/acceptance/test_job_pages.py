@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 from firefly_jobs.admin.jobs import apply_setting
 from firefly_jobs.conf import get_settings
 from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
-from firefly_jobs.recurring import recurring_job
+from firefly_jobs.recurring_jobs import recurring_job
 from testproject.datafiles.models import DataFile, Project
 from tests.acceptance.test_admin_browser import log_in, page, picture, pytestmark
 from tests.conformance.support import run_burst

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 from firefly_jobs import firing
 from firefly_jobs.models import ScheduleModel
-from firefly_jobs.recurring import recurring_job
+from firefly_jobs.recurring_jobs import recurring_job
 from tests.conformance import tasks
 from tests.factories import unique_name
 

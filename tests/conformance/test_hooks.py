@@ -256,7 +256,11 @@ def test_an_attempt_whose_arguments_cannot_be_read_gets_the_hooks_of_a_failure(j
 
 @pytest.mark.parametrize("event", ["before_start", "on_success"])
 def test_a_hook_that_closes_the_connection_fails_its_call_and_is_told_so(event):
-    row = run_hooked(lambda: create(1), **{event: lambda *_: create(2) or connection.close()})
+    def close(*_):
+        create(2)
+        connection.close()
+
+    row = run_hooked(lambda: create(1), **{event: close})
 
     assert (row.status, effects()) == ("failed", [])
     assert "The hook closed its call's database connection" in row.error

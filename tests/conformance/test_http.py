@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
-from firefly_jobs import registered_jobs
+from firefly_jobs import job_registry
 from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
 from testproject.datafiles.models import DataFile
 from testproject.datafiles.tasks import flag_custom
@@ -393,8 +393,8 @@ def test_what_a_jobs_own_check_does_not_find_is_told_in_json(client):
     def can_start(person, pks):
         return get_object_or_404(DataFile, pk=pks[0])
 
-    with mock.patch.object(registered_jobs, "_jobs", dict(registered_jobs._jobs)):
-        registered_jobs.register_job("Asks", "asks", "datafile", can_start=can_start)(flag_custom)
+    with mock.patch.object(job_registry, "_jobs", dict(job_registry._jobs)):
+        job_registry.register_job("Asks", "asks", "datafile", can_start=can_start)(flag_custom)
         answer = post(client, "asks", {"obj_pks": [4711]})
     assert answer.status_code == 404
     assert answer.json()["message"] == "No DataFile matches the given query."
@@ -450,8 +450,8 @@ def test_a_job_that_is_no_task_hides_no_other(client):
     def alone(datafile_pks):
         pass
 
-    with mock.patch.object(registered_jobs, "_jobs", dict(registered_jobs._jobs)):
-        registered_jobs.register_job("Alone", "alone", "datafile")(alone)
+    with mock.patch.object(job_registry, "_jobs", dict(job_registry._jobs)):
+        job_registry.register_job("Alone", "alone", "datafile")(alone)
         found = {job["task_name"] for job in client.get("/api/jobs/").json()["jobs"]}
     assert "flag_custom" in found
     assert "alone" not in found
@@ -492,9 +492,9 @@ def test_every_answer_is_as_the_description_says(user, authenticator, mode):
 
 @pytest.fixture
 def paint():
-    jobs = mock.patch.object(registered_jobs, "_jobs", dict(registered_jobs._jobs))
+    jobs = mock.patch.object(job_registry, "_jobs", dict(job_registry._jobs))
     with jobs:
-        yield registered_jobs.register_job("Paint", "paint", "datafile")(tasks.paint)
+        yield job_registry.register_job("Paint", "paint", "datafile")(tasks.paint)
 
 
 def test_values_become_what_the_function_is_annotated_with(client, paint):

@@ -8,7 +8,7 @@ import pytest
 from firefly_jobs import Workflow, declarations
 from firefly_jobs.exceptions import TaskDefinitionError
 from firefly_jobs.models import ScheduleModel
-from firefly_jobs.recurring import recurring, recurring_job, sync
+from firefly_jobs.recurring_jobs import recurring, recurring_job, sync
 from tests.conformance import tasks
 
 pytestmark = pytest.mark.django_db(transaction=True)

@@ -14,15 +14,15 @@ from django.core.management import call_command
 from django.db import transaction
 from django.test.utils import isolate_apps
 
-from firefly_jobs import atask, firing, registered_jobs, registry
+from firefly_jobs import atask, firing, job_registry, registry
 from firefly_jobs.databases.functions import DatabaseNow
 from firefly_jobs.exceptions import JobRefused, TaskDefinitionError
-from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
-from firefly_jobs.registered_jobs import (
+from firefly_jobs.job_registry import (
     get_job_from_name,
     register_job,
     start_job_from_name,
 )
+from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
 from firefly_jobs.states import Status
 from testproject.datafiles.models import DataFile, Project
 from testproject.datafiles.tasks import flag_custom
@@ -51,7 +51,7 @@ def staff():
 @pytest.fixture
 def registering():
     """Forget, after the test, what it registers."""
-    jobs = mock.patch.object(registered_jobs, "_jobs", dict(registered_jobs._jobs))
+    jobs = mock.patch.object(job_registry, "_jobs", dict(job_registry._jobs))
     tasks = mock.patch.object(registry, "_tasks", dict(registry._tasks))
     with jobs, tasks:
         yield
@@ -277,7 +277,7 @@ def test_a_user_of_a_kind_that_has_no_staff_is_none():
     class Person:
         is_active = is_authenticated = True
 
-    jobs = registered_jobs.registered_jobs(Person(), "datafile")
+    jobs = job_registry.registered_jobs(Person(), "datafile")
     assert [job.task_name for job in jobs] == ["flag_custom"]
 
 
@@ -364,7 +364,7 @@ def test_what_is_nested_too_deeply_is_a_bad_request():
 
 def test_defaults_that_are_read_are_changed_for_nobody(registering):
     register_job("Tag", "tag", "datafile", default_args={"words": ["a"]})(tasks.tag)
-    (job,) = (job for job in registered_jobs.registered_jobs() if job.task_name == "tag")
+    (job,) = (job for job in job_registry.registered_jobs() if job.task_name == "tag")
     job.default_args["words"].append("b")
     job.arguments[0].default.append("c")
 
@@ -435,9 +435,9 @@ def test_a_function_that_is_no_task_is_told(registering):
 
 
 def test_what_a_user_may_start_is_listed(user, staff):
-    names = [job.task_name for job in registered_jobs.registered_jobs(staff, "datafile")]
+    names = [job.task_name for job in job_registry.registered_jobs(staff, "datafile")]
     assert names == ["flag_custom", "rename_files"]
-    (job,) = registered_jobs.registered_jobs(user, "datafile")
+    (job,) = job_registry.registered_jobs(user, "datafile")
     assert (job.name, job.max_items, job.description) == (
         "Flag custom",
         500,

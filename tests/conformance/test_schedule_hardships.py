@@ -24,7 +24,7 @@ from firefly_jobs.declarations import Occurrence
 from firefly_jobs.exceptions import ScheduleError
 from firefly_jobs.jobs import Job
 from firefly_jobs.models import ConsumerModel, ScheduleModel, TaskModel
-from firefly_jobs.recurring import recurring_job
+from firefly_jobs.recurring_jobs import recurring_job
 from firefly_jobs.ticker import Ticker
 from tests.conformance import tasks
 from tests.conformance.schedule_support import agenda, call_of, every, fire, late, occurrences, read

@@ -12,7 +12,7 @@ from django.db import DatabaseError, connection, transaction
 from firefly_jobs import Workflow, current_task, declarations, firing, lifecycle, syncing, tallies
 from firefly_jobs.exceptions import Retry, ScheduleError
 from firefly_jobs.models import ScheduleModel, TaskModel, WorkflowModel
-from firefly_jobs.recurring import recurring_job
+from firefly_jobs.recurring_jobs import recurring_job
 from firefly_jobs.ticker import Ticker
 from tests.conformance import tasks
 from tests.conformance.schedule_support import (

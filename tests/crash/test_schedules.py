@@ -8,7 +8,7 @@ from django.db.models import F
 
 from firefly_jobs.checkpoints import FIRING_CHECKPOINTS
 from firefly_jobs.models import ScheduleModel
-from firefly_jobs.recurring import recurring_job
+from firefly_jobs.recurring_jobs import recurring_job
 from tests.crash import tasks
 from tests.crash.conftest import describe_rows, effects, stops_in_order
 from tests.support.waiting import eventually

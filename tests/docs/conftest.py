@@ -11,7 +11,7 @@ from django.contrib import admin
 from django.db import connection
 from django.test.utils import modify_settings
 
-from firefly_jobs import declarations, registered_jobs, registry
+from firefly_jobs import declarations, job_registry, registry
 
 PROJECT = Path(__file__).parent / "project"
 
@@ -24,7 +24,7 @@ def shop(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         import_module(name)  # its types stay known
     tables: list[dict[str, Any]] = [
         registry._tasks,
-        registered_jobs._jobs,
+        job_registry._jobs,
         declarations._declarations,
     ]
     known = [dict(table) for table in tables]

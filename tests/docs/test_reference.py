@@ -33,6 +33,7 @@ from firefly_jobs import (
 from firefly_jobs.admin import layout, presentation, rows, steps, tasks, workflows
 from firefly_jobs.contrib.celery import CeleryJob
 from firefly_jobs.contrib.jobs import EmailJob, HTTPRequestJob, SQLQueryJob
+from firefly_jobs.job_registry import MAX_ITEMS, register_job
 from firefly_jobs.jobs import Job
 from firefly_jobs.models import (
     ConcurrencySlot,
@@ -49,7 +50,6 @@ from firefly_jobs.models import (
     WorkflowModel,
     WorkflowStep,
 )
-from firefly_jobs.registered_jobs import MAX_ITEMS, register_job
 
 from .pages import DOCS, headings, read, section, table
 

@@ -11,7 +11,7 @@ from django.core.checks import run_checks
 from django.db import OperationalError, connection, connections
 from django.test import override_settings
 
-from firefly_jobs import checks, registered_jobs, registry
+from firefly_jobs import checks, job_registry, registry
 from firefly_jobs.databases import of
 from firefly_jobs.decorators import task
 from firefly_jobs.models import ScheduleModel
@@ -80,8 +80,8 @@ def count_items(item_pks):
 
 
 def test_a_registered_job_that_is_no_task_is_e010(registered, monkeypatch):
-    monkeypatch.setattr(registered_jobs, "_jobs", {})
-    register = registered_jobs.register_job
+    monkeypatch.setattr(job_registry, "_jobs", {})
+    register = job_registry.register_job
 
     def flag(item_pks):
         pass

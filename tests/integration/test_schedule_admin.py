@@ -12,7 +12,7 @@ from django.contrib.messages import get_messages
 from django.core.exceptions import ValidationError
 from django.test import Client
 
-from firefly_jobs import registered_jobs
+from firefly_jobs import job_registry
 from firefly_jobs.admin.forms import arguments_form, entered
 from firefly_jobs.exceptions import JobRefused
 from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
@@ -33,7 +33,7 @@ def admin_client(admin_user):
 
 @pytest.fixture
 def registering():
-    with mock.patch.object(registered_jobs, "_jobs", dict(registered_jobs._jobs)):
+    with mock.patch.object(job_registry, "_jobs", dict(job_registry._jobs)):
         yield
 
 
@@ -261,7 +261,7 @@ def test_what_is_wrong_with_a_saved_job_is_told_in_words(admin_client, changes, 
 def test_saved_jobs_are_listed_by_the_names_that_people_know(admin_client, saved):
     page = admin_client.get("/admin/firefly_jobs/savedjob/").content.decode()
     assert "apollo (project)" in page
-    assert registered_jobs.find("rename_files").name in page
+    assert job_registry.find("rename_files").name in page
     Project.objects.all().delete()
     SavedJob.objects.create(name="lost", task_name="no_such_job", obj_type="x")
     page = admin_client.get("/admin/firefly_jobs/savedjob/").content.decode()
@@ -273,9 +273,9 @@ def test_saved_jobs_are_listed_by_the_names_that_people_know(admin_client, saved
 
 
 def form_of(task, data=None):
-    registered = registered_jobs.register_job("Job", "job", "datafile")(task)
+    registered = job_registry.register_job("Job", "job", "datafile")(task)
     assert registered is task
-    found = registered_jobs.find("job")
+    found = job_registry.find("job")
     return arguments_form(found)(
         None if data is None else {f"arg-{name}": value for name, value in data.items()}
     )
@@ -326,7 +326,7 @@ def test_a_list_is_written_as_json_and_a_text_that_nobody_annotated_as_it_is(reg
 
 
 def test_what_was_entered_is_still_there_when_a_start_is_refused(admin_client, registering):
-    registered_jobs.register_job("Paint", "paint", "datafile")(tasks.paint)
+    job_registry.register_job("Paint", "paint", "datafile")(tasks.paint)
     file = DataFile.objects.create(name="a")
     page = {
         "action": "start_job_paint",
@@ -339,7 +339,7 @@ def test_what_was_entered_is_still_there_when_a_start_is_refused(admin_client, r
         "arg-note": "remember me",
     }
     with mock.patch.object(
-        registered_jobs.NamedJob, "start", side_effect=JobRefused("not today", 400)
+        job_registry.NamedJob, "start", side_effect=JobRefused("not today", 400)
     ):
         answer = admin_client.post("/admin/datafiles/datafile/", page)
     text = answer.content.decode()

@@ -10,7 +10,7 @@ from django.utils import timezone
 
 from firefly_jobs import declarations
 from firefly_jobs.models import ScheduleModel
-from firefly_jobs.recurring import recurring_job
+from firefly_jobs.recurring_jobs import recurring_job
 from tests.conformance import tasks
 
 pytestmark = pytest.mark.django_db
