@@ -12,10 +12,11 @@ import logging
 from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import Error, connections, transaction
+from django.db import connections, transaction
 from django.db.models import F, Q, QuerySet
 
 from . import databases, enqueue
@@ -43,10 +44,12 @@ class Agenda(NamedTuple):
     Attributes:
         seconds: Until the first schedule is due that may fire; ``None``: none will be.
         queued: Schedules that are about to be due, and wait for the end of what they have started.
+        queued_seconds: Until the first of those is due that is not yet.
     """
 
     seconds: float | None
     queued: frozenset[int]
+    queued_seconds: float | None = None
 
 
 class Fired(NamedTuple):
@@ -55,12 +58,21 @@ class Fired(NamedTuple):
     Attributes:
         calls: How many calls were started.
         unknown: Schedules that are due, and of which this process does not know the call.
-        held: Schedules that would have had to wait for somebody else's transaction.
+        held: Schedules that would have had to wait for somebody else, or met an error.
+        error: What has ended the look, with its connection.
     """
 
     calls: int
     unknown: frozenset[int]
     held: frozenset[int]
+    error: Exception | None = None
+
+
+class _Left(Enum):
+    """Why a schedule that is due was left for later."""
+
+    UNKNOWN = auto()
+    HELD = auto()
 
 
 # Behind what it has started and what has not ended.
@@ -81,7 +93,10 @@ def agenda(*, using: str, ahead_seconds: float, besides: Collection[int] = ()) -
         return Agenda(seconds, frozenset())
     soon = rows.filter(_QUEUES, next_run__lte=SecondsFromNow(ahead_seconds))
     queued = frozenset(soon.values_list("pk", flat=True))
-    return Agenda(_seconds_until_first(rows.exclude(_QUEUES)) if queued else seconds, queued)
+    if not queued:
+        return Agenda(seconds, queued)
+    later = _seconds_until_first(soon.filter(next_run__gt=DatabaseNow()))
+    return Agenda(_seconds_until_first(rows.exclude(_QUEUES)), queued, later)
 
 
 def _seconds_until_first(rows: QuerySet[ScheduleModel]) -> float | None:
@@ -103,26 +118,35 @@ def fire_due(*, using: str, besides: Collection[int] = ()) -> Fired:
         using: Database alias.
         besides: Schedules that are not looked at.
     """
-    database = databases.of(using)
-    rows = _planned(using, besides).exclude(_QUEUES).filter(next_run__lte=DatabaseNow())
-    found = list(rows.order_by("next_run", "pk").values_list("pk", flat=True)[:BATCH_SIZE])
-    calls, unknown, held = 0, set(), set()
-    for pk in found:
+    database, connection = databases.of(using), connections[using]
+    due_now = _due_now(using).exclude(pk__in=besides).order_by("next_run", "pk")
+    calls, left, broken = 0, dict[int, _Left](), None
+    for pk in list(due_now.values_list("pk", flat=True)[:BATCH_SIZE]):
         try:
-            with database.own_transaction(connections[using]):
+            with database.own_transaction(connection):
                 starts = _fire(pk, using)
                 reach("firing")
             reach("fired")
-        except Error as error:
-            if database.is_busy(error) or not database.is_conflict(error):
+        except Exception as error:
+            if database.is_busy(error):
                 raise
-            logger.debug("Schedule %s is left for the next look: %s", pk, error)
-            held.add(pk)
+            left[pk] = _Left.HELD
+            if not database.is_conflict(error):
+                logger.warning("Firing schedule %s failed, will try again", pk, exc_info=error)
+            if not database.is_usable(connection):
+                broken = error
+                break
         else:
-            if starts is None:
-                unknown.add(pk)
-            calls += starts or 0
-    return Fired(calls, frozenset(unknown), frozenset(held))
+            if isinstance(starts, _Left):
+                left[pk] = starts
+            else:
+                calls += starts
+    unknown, held = ({pk for pk, why in left.items() if why is one} for one in _Left)
+    return Fired(calls, frozenset(unknown), frozenset(held), broken)
+
+
+def _due_now(using: str) -> QuerySet[ScheduleModel]:
+    return _planned(using, ()).exclude(_QUEUES).filter(next_run__lte=DatabaseNow())
 
 
 def note_waiting(schedules: Collection[int], *, using: str) -> None:
@@ -141,18 +165,19 @@ def note_waiting(schedules: Collection[int], *, using: str) -> None:
                 due_now.filter(pk=row.pk).update(waited_until=row.now)
 
 
-def _fire(pk: int, using: str) -> int | None:
-    """Fire a schedule if it is still due; return how often, ``None``: it is not for us to do."""
+def _fire(pk: int, using: str) -> int | _Left:
+    """Fire a schedule if it is still due; return how often, or why it was not for us to do."""
     rows = locked(using, skips=True).exclude(_QUEUES)
     row = rows.filter(pk=pk, next_run__lte=DatabaseNow()).first()
     if row is None:
-        return 0
+        # Whoever has locked it fires it, or does something else with it.
+        return _Left.HELD if _due_now(using).filter(pk=pk).exists() else 0
     try:
         recurrence = _insist(row.recurrence)
     except (ValueError, ImproperlyConfigured) as error:
         # Another consumer may have what it takes to read it, such as cronsim.
         logger.error("Schedule %s cannot be read here: %s", row.name, error)  # noqa: TRY400 - it says all
-        return None
+        return _Left.UNKNOWN
     misfire, limit = _policy(row)
     found = due(
         recurrence,
@@ -164,16 +189,19 @@ def _fire(pk: int, using: str) -> int | None:
     )
     moments, changes = found.occurrences[:limit], {}
     starts, problem = 0, None
+    connection = connections[using]
+    connection.errors_occurred = False
     try:
         # What one asks the database for may fail without undoing the rest.
         with transaction.atomic(using=using):
             call = call_of(row)
             if call is None:
                 logger.warning("Schedule %s is due, and its call is not known here", row.name)
-                return None
+                return _Left.UNKNOWN
             starts = _start_all(row, call, moments, using)
-    except Exception as error:
-        if databases.of(using).is_lost(error):
+    except BaseException as error:
+        # Most of it is the project's code, which may ask other databases, and call sys.exit().
+        if _has_ended_here(connection, error):
             raise
         problem = error
     if problem is None and starts:
@@ -193,6 +221,14 @@ def _fire(pk: int, using: str) -> int | None:
         next_run = None
     ScheduleModel.objects.using(using).filter(pk=pk).update(next_run=next_run, **changes)
     return starts
+
+
+def _has_ended_here(connection: Any, error: BaseException) -> bool:
+    """Whether an error has ended the open transaction, or says that others are in its way."""
+    is_gone = connection.needs_rollback or connection.closed_in_transaction
+    # Django notes of each connection whether a statement has failed there.
+    is_ours = connection.errors_occurred and databases.of(connection.alias).is_lost(error)
+    return bool(is_gone or is_ours)
 
 
 def _insist(recurrence: Recurrence | None) -> Recurrence:
@@ -232,6 +268,9 @@ def _start_all(row: Any, call: Any, moments: Collection[datetime], using: str) -
             call.start(occurrence)
         return len(occurrences)
     tasks = [_row(call, occurrence) for occurrence in occurrences]
+    if any(task.active_key is not None for task in tasks):
+        # Somebody may be about to take it, and the other schedules do not wait for that.
+        databases.of(using).wait_briefly(connections[using])
     return len(_insert(tasks, using))
 
 
@@ -305,7 +344,7 @@ def _started(count: int) -> dict[str, Any]:
     }
 
 
-def _could_not_start(problem: Exception, count: int) -> dict[str, Any]:
+def _could_not_start(problem: BaseException, count: int) -> dict[str, Any]:
     """Return the same for calls that could not even be written: nobody else would tell."""
     return {
         "run_count": F("run_count") + count,

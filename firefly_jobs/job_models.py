@@ -142,6 +142,13 @@ class SavedJob(models.Model):
     def target(self, value: models.Model | None) -> None:
         self.target_type, self.target_pk = ("", "") if value is None else reference_to(value)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether its job is registered in this process; older or newer code may have others."""
+        from .saved_jobs import is_known  # noqa: PLC0415 - a verb on a row, see ARCHITECTURE layers
+
+        return is_known(self)
+
     def current_pks(self, *, at_most: int) -> list[Any]:
         """Return the keys of what the relation of its target has now.
 

@@ -18,7 +18,7 @@ from . import databases, registry, serializers
 from .conf import get_settings
 from .databases.functions import DatabaseNow
 from .declarations import declared, owner
-from .exceptions import ScheduleError, TaskNotFoundError
+from .exceptions import BadSignature, PayloadError, ScheduleError, TaskNotFoundError
 from .jobs import Job
 from .json_arguments import arguments_from_json
 from .models import ScheduleModel
@@ -98,15 +98,23 @@ def call_of(row: ScheduleModel) -> Any:
         call = declaration.call
         return call if row.arguments is None else _with_arguments(call, row.arguments)
     if row.saved_job is not None:
-        return row.saved_job.get_job().job
+        return row.saved_job.get_job().job if row.saved_job.is_known else None
     if row.raw_call:
         try:
             (call,), _ = serializers.loads_params(row.raw_call, task_name=STORED_CALL)
-        except TaskNotFoundError:
-            return None
+        except PayloadError as error:
+            if _is_of_other_code(error):
+                return None
+            raise
         return call if row.arguments is None else _with_arguments(call, row.arguments)
     task = registry.get(row.func_name)
     return None if task is None else _with_arguments(Job(task), row.arguments or {})
+
+
+def _is_of_other_code(error: PayloadError) -> bool:
+    """Whether a stored call may be read elsewhere: by newer code, or where its key is."""
+    unknown = (TaskNotFoundError, ImportError, AttributeError)
+    return isinstance(error, BadSignature) or isinstance(error.__cause__, unknown)
 
 
 def _with_arguments(call: Any, arguments: Mapping[str, Any]) -> Any:

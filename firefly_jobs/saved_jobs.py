@@ -16,6 +16,15 @@ from .job_models import SavedJob
 from .job_registry import NamedJob, find, get_job_from_name
 
 
+def is_known(row: SavedJob) -> bool:
+    """Return whether the job of a saved job is registered here."""
+    try:
+        find(row.task_name)
+    except JobRefused:
+        return False
+    return True
+
+
 def start_of(row: SavedJob, pks: Iterable[Any] | None, user: Any) -> NamedJob:
     """Return the start that a saved job stands for; see ``SavedJob.get_job``."""
     if pks is None:

@@ -29,8 +29,10 @@ LOOK_SECONDS, IDLE_LOOK_SECONDS = 5.0, 30.0
 _LOOK_SECONDS_MIN = 0.02
 # What queues behind its former call is looked at so often.
 QUEUED_LOOK_SECONDS = 1.0
-# After this time others may have made known here what was not, or freed what they held.
-_UNKNOWN_SECONDS, _HELD_SECONDS = 60.0, 5.0
+# After this time others may have made known here what was not.
+_UNKNOWN_SECONDS = 60.0
+# Or freed what they held; each time that they have not, it is left alone for twice as long.
+_HELD_SECONDS_MIN, _HELD_SECONDS_MAX = 0.1, 5.0
 SYNC_SECONDS = 60.0
 _BACK_OFF_SECONDS_MAX = 5.0
 
@@ -54,10 +56,13 @@ class Ticker(threading.Thread):
         self._bell = threading.Event()
         self._is_stopping = False
         self._connection = KeptConnection(using, owner=owner)
-        # Schedules that are left alone, and until when.
+        # Schedules that are left alone, and until when; and for how long, if others held them.
         self._besides: dict[int, float] = {}
+        self._held_seconds: dict[int, float] = {}
         # Those that wait for the end of what they have started.
         self._queued: frozenset[int] = frozenset()
+        # Whether what it is told about them may be out of date when it comes.
+        self._is_asking = False
         self._sync_at = 0.0
         self.has_caught_up = False
 
@@ -68,7 +73,8 @@ class Ticker(threading.Thread):
 
     def ended(self, claim: Claim) -> None:
         """Look at once if what has just ended may let an occurrence go that has waited for it."""
-        if claim.schedule in self._queued:
+        if claim.schedule is not None and (self._is_asking or claim.schedule in self._queued):
+            self.has_caught_up = False
             self._bell.set()
 
     def run(self) -> None:
@@ -83,7 +89,7 @@ class Ticker(threading.Thread):
                 self._connection.ensure()
                 self._sync()
                 pause, back_off = self.look(), 0.0
-            except Exception as error:  # noqa: BLE001 - one turn of a loop that must survive a restart of the server
+            except BaseException as error:  # noqa: BLE001 - one turn of a loop that must survive a restart of the server, and sys.exit() in what it calls
                 is_busy = self._tell(error)
                 back_off = min(max(back_off * 2, 0.1), _BACK_OFF_SECONDS_MAX)
                 pause = back_off * (0.5 + random.random())  # noqa: S311 - no secret
@@ -91,13 +97,13 @@ class Ticker(threading.Thread):
                     self._connection.close()
                     self._catch_up()
             else:
-                if pause > 0:
+                if pause > 0 and not self._bell.is_set():
                     self._catch_up()
                 if pause >= IDLE_LOOK_SECONDS:
                     self._connection.close()
         self._connection.close()
 
-    def _tell(self, error: Exception) -> bool:
+    def _tell(self, error: BaseException) -> bool:
         """Log what has happened; return whether others are the reason."""
         database = databases.of(self._using)
         is_busy = database.is_busy(error) or database.is_conflict(error)
@@ -124,19 +130,34 @@ class Ticker(threading.Thread):
         """Fire what is due, and return in how many seconds to look again."""
         now = monotonic()
         self._besides = {pk: until for pk, until in self._besides.items() if until > now}
+        self._is_asking = True
         agenda = firing.agenda(using=self._using, ahead_seconds=LOOK_SECONDS, besides=self._besides)
         self._queued = agenda.queued
+        self._is_asking = False
         if agenda.queued:
             firing.note_waiting(agenda.queued, using=self._using)
         if agenda.seconds is None and not agenda.queued:
             return LOOK_SECONDS if self._besides else IDLE_LOOK_SECONDS
-        longest = QUEUED_LOOK_SECONDS if agenda.queued else LOOK_SECONDS
         if agenda.seconds is None or agenda.seconds > 0:
-            return longest if agenda.seconds is None else min(agenda.seconds, longest)
+            # What queues is noted as soon as it is due.
+            longest = QUEUED_LOOK_SECONDS if agenda.queued else LOOK_SECONDS
+            near = (agenda.seconds, agenda.queued_seconds)
+            return min([longest, *(seconds for seconds in near if seconds is not None)])
         fired = firing.fire_due(using=self._using, besides=self._besides)
-        self._besides.update(dict.fromkeys(fired.unknown, now + _UNKNOWN_SECONDS))
-        self._besides.update(dict.fromkeys(fired.held, now + _HELD_SECONDS))
+        self._leave_alone(fired)
         if fired.calls:
             self._on_fired()
+        if fired.error is not None:
+            raise fired.error
         # Those who look at the same moment should not do so again and again.
         return 0.0 if fired.calls else _LOOK_SECONDS_MIN * (0.5 + random.random())  # noqa: S311 - no secret
+
+    def _leave_alone(self, fired: firing.Fired) -> None:
+        """Look at other schedules while nothing can be done about some."""
+        now, before = monotonic(), self._held_seconds
+        # What was not looked at this time keeps its pause.
+        kept = {pk: pause for pk, pause in before.items() if pk in self._besides}
+        again = {pk: before.get(pk, _HELD_SECONDS_MIN / 2) * 2 for pk in fired.held}
+        self._held_seconds = kept | {pk: min(s, _HELD_SECONDS_MAX) for pk, s in again.items()}
+        self._besides.update(dict.fromkeys(fired.unknown, now + _UNKNOWN_SECONDS))
+        self._besides.update({pk: now + self._held_seconds[pk] for pk in fired.held})

@@ -181,6 +181,9 @@ class Database(Completing):
             cursor.execute(self._taken_sql(len(keys)), list(keys))
             return {key for (key,) in cursor.fetchall()}
 
+    def wait_briefly(self, connection: Any) -> None:
+        """Wait for locks only briefly in the open transaction, where they are waited for."""
+
     def _taken_sql(self, count: int) -> str:
         marks = ", ".join(["%s"] * count)
         return f"SELECT active_key FROM {TABLE} WHERE active_key IN ({marks})"  # noqa: S608 - only our own names are formatted in

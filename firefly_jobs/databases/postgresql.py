@@ -47,6 +47,9 @@ _KEEPALIVE_OPTIONS = {
     "TCP_USER_TIMEOUT": 60_000,
 }
 
+# How long the one who fires schedules waits for each unique key.
+_BRIEF_LOCK_MILLISECONDS = 20
+
 
 class PostgreSQLSession(Session):
     """The driver sends BEGIN with the first statement and knows libpq's transaction status.
@@ -419,6 +422,11 @@ class PostgreSQL(Database):
                 f"THEN pg_try_advisory_lock_shared(({_TABLE_ID}::bigint << 32) + %s) END",
                 [_told_pid(connection), consumer % 2**32],
             )
+
+    def wait_briefly(self, connection: Any) -> None:
+        """Likewise; it holds until the transaction ends."""
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET LOCAL lock_timeout = '{_BRIEF_LOCK_MILLISECONDS}ms'")
 
     def prepare_dispatcher(self, connection: Any, consumer: int) -> None:
         """Wait a second for a lock at most, unless the project waits for less."""

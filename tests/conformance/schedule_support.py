@@ -37,7 +37,8 @@ def fire():
 
 
 def agenda(**words):
-    return firing.agenda(using="default", ahead_seconds=5.0, **words)
+    """Return in how many seconds the first may fire, and which wait for their former calls."""
+    return firing.agenda(using="default", ahead_seconds=5.0, **words)[:2]
 
 
 def read(schedule, *names):

@@ -63,11 +63,8 @@ def test_an_occurrence_fires_once_and_its_end_is_counted():
 def test_what_a_rolled_back_firing_has_done_is_done_again():
     schedule = every(60)
     moment = late(schedule, 5)
-    with (
-        mock.patch.object(firing, "reach", side_effect=DatabaseError("gone")),
-        pytest.raises(DatabaseError),
-    ):
-        fire()
+    with mock.patch.object(firing, "reach", side_effect=DatabaseError("gone")):
+        assert firing.fire_due(using="default")[:3] == (0, frozenset(), {schedule.pk})
     assert (TaskModel.objects.count(), read(schedule, "next_run", "run_count")) == (0, (moment, 0))
     assert fire() == 1
 
@@ -631,7 +628,7 @@ def test_a_clock_that_jumps_back_fires_nothing_twice():
         assert fire() == 3
     with database_clock(connection, first):
         assert fire() == 0
-        assert agenda().seconds == 3 * HOUR
+        assert agenda()[0] == 3 * HOUR
     with database_clock(connection, first + timedelta(hours=3, seconds=1)):
         assert fire() == 1
     assert occurrences(schedule) == [first + timedelta(hours=n) for n in range(4)]
