@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import types
 import typing
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +80,13 @@ def parameters_of(
 
 
 def hints_of(func: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations of a function, none if they cannot be read."""
-    try:
+    """Return the annotations of a function, but for those that cannot be read."""
+    with suppress(Exception):  # a name that exists for type checkers only
         return typing.get_type_hints(func)
-    except Exception:  # noqa: BLE001 - a name that exists for type checkers only
-        return {}
+    known = getattr(inspect.unwrap(func), "__globals__", {})
+    found: dict[str, Any] = {}
+    for name, annotation in getattr(func, "__annotations__", {}).items():
+        one = types.SimpleNamespace(__annotations__={name: annotation})
+        with suppress(Exception):  # likewise
+            found |= typing.get_type_hints(one, globalns=known)
+    return found

@@ -9,7 +9,9 @@ from __future__ import annotations
 import enum
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from types import UnionType
@@ -49,8 +51,11 @@ def from_json(hint: Any, value: Any) -> Any:
 
 
 def _from_literal(members: tuple[Any, ...], value: Any) -> Any:
-    if any(value == one and type(value) is type(one) for one in members):
-        return value
+    for one in members:
+        if value == one and type(value) is type(one):
+            return value
+        if isinstance(one, enum.Enum) and value in (one.name, one.value):
+            return one
     message = f"one of {', '.join(map(repr, members))}"
     raise NoSuchValueError(message)
 
@@ -72,11 +77,13 @@ def _from_union(members: tuple[Any, ...], value: Any) -> Any:
 def _from_enum(kind: type[enum.Enum], value: Any) -> enum.Enum:
     if isinstance(value, str) and value in kind.__members__:
         return kind[value]
-    try:
-        return kind(value)
-    except ValueError:
-        message = f"one of {', '.join(map(repr, kind.__members__))}"
-        raise NoSuchValueError(message) from None
+    # True is a number to Python, and to nobody else.
+    is_plain = not isinstance(value, bool) or any(one.value is value for one in kind)
+    with suppress(Exception):  # its own _missing_ may raise anything
+        if is_plain:
+            return kind(value)
+    message = f"one of {', '.join(map(repr, kind.__members__))}"
+    raise NoSuchValueError(message)
 
 
 def _from_container(kind: Any, members: tuple[Any, ...], value: Any) -> Any:
@@ -85,8 +92,13 @@ def _from_container(kind: Any, members: tuple[Any, ...], value: Any) -> Any:
         if not isinstance(value, dict):
             message = "an object"
             raise NoSuchValueError(message)
-        inner = members[1] if len(members) == 2 else None  # noqa: PLR2004 - keys and values
-        return {key: from_json(inner, one) for key, one in value.items()}
+        of_keys, of_values = members if len(members) == 2 else (None, None)  # noqa: PLR2004 - of both
+        try:
+            keys = [_key(of_keys, key) for key in value]
+            return dict(zip(keys, [from_json(of_values, v) for v in value.values()], strict=True))
+        except NoSuchValueError as error:
+            message = f"an object in which each is {error}"
+            raise NoSuchValueError(message) from None
     if kind not in _ARRAYS:
         return value
     if not isinstance(value, list):
@@ -98,8 +110,26 @@ def _from_container(kind: Any, members: tuple[Any, ...], value: Any) -> Any:
     if len(hints) != len(value):
         message = f"a list of {len(hints)}"
         raise NoSuchValueError(message)
-    found = [from_json(hint, one) for hint, one in zip(hints, value, strict=True)]
-    return found if kind is Sequence else kind(found)
+    try:
+        found = [from_json(hint, one) for hint, one in zip(hints, value, strict=True)]
+        return found if kind is Sequence else kind(found)
+    except NoSuchValueError as error:
+        message = f"a list in which each is {error}"
+        raise NoSuchValueError(message) from None
+    except TypeError:
+        message = "a list without lists or objects in it, as a set has none"
+        raise NoSuchValueError(message) from None
+
+
+def _key(hint: Any, key: str) -> Any:
+    """Return a key, which JSON has as a text only, as an annotation asks for it."""
+    if hint in {int, float, bool}:
+        # As a number would be written.
+        try:
+            return from_json(hint, json.loads(key))
+        except json.JSONDecodeError:
+            return from_json(hint, key)
+    return from_json(hint, key)
 
 
 def _read(kind: Any, value: Any) -> Any:
@@ -121,6 +151,11 @@ def _moment(text: str) -> datetime | None:
     return None if found is None or found.tzinfo is None else found
 
 
+def _finite(value: float) -> float | None:
+    # Neither NaN nor infinity is JSON.
+    return float(value) if math.isfinite(value) else None
+
+
 def _duration(value: Any) -> timedelta | None:
     return parse_duration(value) if isinstance(value, str) else timedelta(seconds=value)
 
@@ -128,7 +163,7 @@ def _duration(value: Any) -> timedelta | None:
 _READERS: dict[Any, tuple[Any, Callable[[Any], Any], str]] = {
     bool: (bool, lambda value: value, "true or false"),
     int: (int, lambda value: value, "a whole number"),
-    float: ((int, float), float, "a number"),
+    float: ((int, float), _finite, "a number"),
     str: (str, lambda value: value, "a text"),
     type(None): ((), lambda _: None, "null"),
     datetime: (str, _moment, "a moment with its offset, such as 2026-11-26T09:30:00+01:00"),
@@ -155,22 +190,48 @@ def arguments_from_json(
         ValueError: If one is of another type; the message names it.
     """
     hints = hints_of(func)
+    others = _of_kind(inspect.Parameter.VAR_KEYWORD, parameters)
     found = dict(given)
     for name, value in given.items():
         parameter = parameters.get(name)
-        if parameter is None or parameter.kind in {
-            parameter.VAR_KEYWORD,
-            parameter.VAR_POSITIONAL,
-        }:
-            continue
-        try:
+        if parameter is None or parameter.kind in _CATCH_ALL:
+            found[name] = _argument(name, hints.get(others), value)
+        elif parameter.default is parameter.empty or not _is_same(value, parameter.default):
             # What stands as the default may be given, whatever the annotation says.
-            same = parameter.default is not parameter.empty and value is parameter.default
-            found[name] = value if same else from_json(hints.get(name), value)
-        except NoSuchValueError as error:
-            message = f"{name} must be {error}, got {_described(value)}."
-            raise ValueError(message) from None
+            found[name] = _argument(name, hints.get(name), value)
     return found
+
+
+def positional_from_json(
+    func: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], given: Sequence[Any]
+) -> list[Any]:
+    """Return arguments by position likewise; those that it does not take are left as they are."""
+    positions = [p.name for p in parameters.values() if p.kind in _BY_POSITION]
+    named = dict(zip(positions, given, strict=False))
+    found = [*arguments_from_json(func, parameters, named).values()]
+    others = _of_kind(inspect.Parameter.VAR_POSITIONAL, parameters)
+    hint = hints_of(func).get(others)
+    return found + [_argument(f"*{others}", hint, value) for value in given[len(found) :]]
+
+
+_CATCH_ALL = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+_BY_POSITION = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
+def _of_kind(kind: Any, parameters: Mapping[str, inspect.Parameter]) -> str:
+    return next((p.name for p in parameters.values() if p.kind is kind), "")
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and bool(value == default))
+
+
+def _argument(name: str, hint: Any, value: Any) -> Any:
+    try:
+        return from_json(hint, value)
+    except NoSuchValueError as error:
+        message = f"{name} must be {error}, got {_described(value)}."
+        raise ValueError(message) from None
 
 
 def _described(value: Any) -> str:

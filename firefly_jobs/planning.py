@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
-from inspect import Parameter
 from typing import Any
 
 from django.core.exceptions import ValidationError
@@ -20,11 +19,10 @@ from .databases.functions import DatabaseNow
 from .declarations import declared, owner
 from .exceptions import BadSignature, PayloadError, ScheduleError, TaskNotFoundError
 from .jobs import Job
-from .json_arguments import arguments_from_json
+from .json_arguments import arguments_from_json, positional_from_json
 from .models import ScheduleModel
 from .schedule_models import CHANGEABLE, STORED_CALL
 
-_BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 # When it recurs: what was missed of another beat means nothing.
 _BEAT = frozenset({"cron", "timezone", "every", "starts_at", "is_paused", "is_retired"})
 
@@ -123,11 +121,7 @@ def _with_arguments(call: Any, arguments: Mapping[str, Any]) -> Any:
         raise ScheduleError(message)
     task = call.task
     parameters = task.signature.plain.parameters
-    # By name, as annotations are.
-    positions = [p.name for p in parameters.values() if p.kind in _BY_POSITION]
-    args = list(arguments.get("args", ()))
-    given = arguments_from_json(task.func, parameters, dict(zip(positions, args, strict=False)))
-    args[: len(given)] = given.values()
+    args = positional_from_json(task.func, parameters, arguments.get("args", ()))
     kwargs = arguments_from_json(task.func, parameters, arguments.get("kwargs", {}))
     return call._copy(args=tuple(args), kwargs=kwargs)  # noqa: SLF001 - all of them at once, in place of its own
 

@@ -292,6 +292,8 @@ class CallTransaction:
         are not seen, and must be undone with the rest.
         """
         self._has_effects = self._has_effects or self.is_touched
+        # What the one before has left open elsewhere would swallow what this one does there.
+        self._tidy_other_aliases(are_torn=False)
         self._seen = self._seen_elsewhere = False
         self._callbacks_before = len(self._connection.run_on_commit)
         if self._has_effects:

@@ -21,6 +21,7 @@ from firefly_jobs.job_registry import Argument, RegisteredJob, registered_jobs
 from firefly_jobs.json_arguments import NoSuchValueError, from_json
 from firefly_jobs.models import SavedJob, ScheduleModel
 from firefly_jobs.planning import check_call
+from firefly_jobs.storable import is_storable
 
 if TYPE_CHECKING:
     _ScheduleForm = forms.ModelForm[ScheduleModel]
@@ -167,7 +168,9 @@ class ArgumentsField(forms.JSONField):
 
     def prepare_value(self, value: Any) -> Any:
         """Show nothing where there is nothing."""
-        return "" if value is None else super().prepare_value(value)
+        text = "" if value is None else super().prepare_value(value)
+        # As it may have been entered: no page could hold half a surrogate pair.
+        return text if is_storable(text) else json.dumps(value)
 
     def to_python(self, value: Any) -> Any:
         """Read it."""

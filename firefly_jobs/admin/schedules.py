@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from django.contrib import admin, messages
 from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.db.models import QuerySet
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponseRedirect
 from django.urls import reverse
 from django.utils.html import format_html, format_html_join
 from django.utils.translation import gettext_lazy as _
@@ -35,6 +35,10 @@ TASKS_SHOWN = 10
 _OF_THE_CODE = ("name", "func_name", "saved_job")
 # What is wrong with a row: its own columns, its call, or what reads cron expressions.
 _BROKEN = (ValidationError, ValueError, ImproperlyConfigured)
+
+
+class _NotSavedError(Exception):
+    """A change does not fit any more; the message says why."""
 
 
 def _told(error: Exception) -> str:
@@ -127,14 +131,27 @@ class ScheduleAdmin(_ModelAdmin):
         found.pop("delete_selected", None)
         return found
 
+    def changeform_view(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        """Show the page once more if somebody else has changed the row since it was checked."""
+        try:
+            return super().changeform_view(request, *args, **kwargs)
+        except _NotSavedError as error:
+            # The transaction is undone.
+            text = _("Nothing was saved, as somebody else has changed it meanwhile: %(problem)s")
+            self.message_user(request, text % {"problem": error}, messages.ERROR)
+            return HttpResponseRedirect(request.get_full_path())
+
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
         """Write what was changed, and nothing that consumers count."""
         if not change:
             obj.save(using=alias(), force_insert=True)
         elif form.changed_data:
             changes = {name: form.cleaned_data[name] for name in form.changed_data}
-            row = ScheduleModel.objects.using(alias()).get(pk=obj.pk)
-            row.change(**changes)
+            try:
+                row = ScheduleModel.objects.using(alias()).get(pk=obj.pk)
+                row.change(**changes)
+            except (ScheduleModel.DoesNotExist, *_BROKEN) as error:
+                raise _NotSavedError(_told(error)) from None
 
     # --- actions
 

@@ -6,7 +6,10 @@ from django.db import transaction
 
 from firefly_jobs import current_task
 from tests.conformance.support import consuming, run_burst, schedule
+from tests.conformance.test_groups import busy_machine, run_as_group
 from tests.testapp.models import Effect
+
+__all__ = ["busy_machine"]
 
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "other"])
 
@@ -41,6 +44,18 @@ def test_a_transaction_left_open_elsewhere_does_not_swallow_the_effects_of_the_n
     for row in rows:
         row.refresh_from_db()
         assert row.status == "completed"
+    assert list(Effect.objects.using("other").values_list("task_key", flat=True)) == ["other"]
+
+
+@pytest.mark.parametrize("leave", [leave_a_block_open, turn_off_autocommit])
+def test_nor_those_of_the_next_call_of_its_group(leave):
+    def create():
+        Effect.objects.using("other").create(task_key="other", value=2)
+
+    rows, found = run_as_group(lambda: None, leave, create, lambda: None)
+
+    assert {row.status for row in rows} == {"completed"}
+    assert found
     assert list(Effect.objects.using("other").values_list("task_key", flat=True)) == ["other"]
 
 

@@ -13,6 +13,7 @@ from django.core.exceptions import ValidationError
 from django.test import Client
 
 from firefly_jobs import job_registry
+from firefly_jobs.admin import forms
 from firefly_jobs.admin.forms import arguments_form, entered
 from firefly_jobs.exceptions import JobRefused
 from firefly_jobs.models import JobStart, SavedJob, ScheduleModel, TaskModel
@@ -122,6 +123,36 @@ def test_arguments_that_are_nested_deeply_are_refused(admin_client, url, field, 
     answer = admin_client.post(url, data)
     assert answer.status_code == 200
     assert answer.context["adminform"].form.errors[field]
+
+
+@pytest.mark.parametrize(
+    ("url", "field"),
+    [(f"{SCHEDULES}add/", "arguments"), ("/admin/firefly_jobs/savedjob/add/", "job_args")],
+)
+def test_half_a_surrogate_pair_is_refused_and_shown_again(admin_client, url, field):
+    data = {**posted(), "task_name": "rename_files", field: r'{"args": ["\ud800"]}'}
+    answer = admin_client.post(url, data)
+    assert answer.status_code == 200
+    assert answer.context["adminform"].form.errors[field]
+    assert r"\ud800" in answer.content.decode()
+
+
+@pytest.mark.parametrize("what", ["changed", "deleted"])
+def test_who_saves_after_somebody_else_is_told_so(admin_client, monkeypatch, what):
+    row = schedule("s")
+    check = forms.check_call
+
+    def meanwhile(instance):
+        check(instance)
+        rows = ScheduleModel.objects.filter(pk=row.pk)
+        rows.update(timezone="Europe/Oslo") if what == "changed" else rows.delete()
+
+    monkeypatch.setattr(forms, "check_call", meanwhile)
+    answer = admin_client.post(f"{SCHEDULES}{row.pk}/change/", posted(every="90"))
+    assert answer.status_code == 302
+    assert told(answer)[-1].startswith("Nothing was saved, as somebody else has changed it")
+    # The test's own transaction keeps what came between.
+    assert not ScheduleModel.objects.filter(every=90).exists()
 
 
 def test_a_wrong_zone_and_a_wrong_expression_are_told_at_once(admin_client):

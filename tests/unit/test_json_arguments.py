@@ -14,12 +14,30 @@ from django.core.serializers.json import DjangoJSONEncoder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firefly_jobs.json_arguments import NoSuchValueError, arguments_from_json, from_json
+from firefly_jobs.json_arguments import (
+    NoSuchValueError,
+    arguments_from_json,
+    from_json,
+    positional_from_json,
+)
 
 
 class Colour(enum.Enum):
     RED = "red"
     BLUE = 2
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+class Odd(enum.Enum):
+    A = "a"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        raise KeyError(value)
 
 
 NUMBER = UUID("12345678-1234-5678-1234-567812345678")
@@ -62,6 +80,11 @@ MOMENT = datetime(2026, 11, 26, 9, 30, tzinfo=UTC)
         (Sequence[Decimal], ["1"], [Decimal(1)]),
         (dict[str, date], {"a": "2026-11-26"}, {"a": date(2026, 11, 26)}),
         (Mapping, {"a": 1}, {"a": 1}),
+        (dict[int, date], {"5": "2026-11-26"}, {5: date(2026, 11, 26)}),
+        (dict[date, int], {"2026-11-26": 5}, {date(2026, 11, 26): 5}),
+        (Literal[Colour.RED], "RED", Colour.RED),
+        (Level, 2, Level.HIGH),
+        (Odd, "a", Odd.A),
     ],
 )
 def test_a_value_becomes_what_is_asked_for(hint: Any, value: Any, expected: Any) -> None:
@@ -94,7 +117,15 @@ def test_a_value_becomes_what_is_asked_for(hint: Any, value: Any, expected: Any)
         (list[date], ["x"], "a day such as"),
         (tuple[int, str], [1], "a list of 2"),
         (dict[str, int], [1], "an object"),
-        (dict[str, int], {"a": "x"}, "a whole number"),
+        (dict[str, int], {"a": "x"}, "an object in which each is a whole number"),
+        (dict[int, int], {"five": 5}, "an object in which each is a whole number"),
+        (list[int], ["x"], "a list in which each is a whole number"),
+        (set, [[1]], "a list without lists"),
+        (set[Any], [{}], "a list without lists"),
+        (Level, True, "one of 'LOW', 'HIGH'"),
+        (Odd, "b", "one of 'A'"),
+        (float, float("nan"), "a number"),
+        (float, float("inf"), "a number"),
     ],
 )
 def test_what_is_none_is_refused(hint: Any, value: Any, words: str) -> None:
@@ -123,7 +154,7 @@ def test_what_django_writes_as_json_is_read_as_it_was(pair: tuple[Any, Any]) -> 
 
 
 def test_arguments_are_named_when_one_is_refused() -> None:
-    def function(day: date, keep: int = None, **more: int) -> None:  # type: ignore[assignment]  # noqa: RUF013
+    def function(day: date, keep: int = None, **more: str) -> None:  # type: ignore[assignment]  # noqa: RUF013
         pass
 
     parameters = signature(function).parameters
@@ -132,3 +163,36 @@ def test_arguments_are_named_when_one_is_refused() -> None:
     for value, word in (("x", "a text"), (7, "a number"), (None, "null"), ([], "a list")):
         with pytest.raises(ValueError, match=f"day must be a day such as 2026-11-26, got {word}"):
             arguments_from_json(function, parameters, {"day": value})
+
+
+def test_what_is_not_named_is_of_the_type_of_all_the_others() -> None:
+    def function(first: int, *rest: date, **more: date) -> None:
+        pass
+
+    parameters = signature(function).parameters
+    day = date(2026, 11, 26)
+    assert positional_from_json(function, parameters, [1, str(day), str(day)]) == [1, day, day]
+    assert arguments_from_json(function, parameters, {"x": str(day)}) == {"x": day}
+    with pytest.raises(ValueError, match=r"\*rest must be a day"):
+        positional_from_json(function, parameters, [1, "x"])
+    with pytest.raises(ValueError, match="x must be a day"):
+        arguments_from_json(function, parameters, {"x": 1})
+
+
+def test_an_annotation_that_cannot_be_read_is_the_only_one_that_says_nothing() -> None:
+    def function(thing: "NoSuchName", day: date) -> None:  # type: ignore[name-defined]  # noqa: F821
+        pass
+
+    parameters = signature(function).parameters
+    given = {"thing": "x", "day": "2026-11-26"}
+    found = arguments_from_json(function, parameters, given)
+    assert found == {"thing": "x", "day": date(2026, 11, 26)}
+
+
+def test_a_default_may_be_given_whatever_the_annotation_says() -> None:
+    def function(day: date = "today all day") -> None:  # type: ignore[assignment]
+        pass
+
+    parameters = signature(function).parameters
+    given = {"day": json.loads('"today all day"')}
+    assert arguments_from_json(function, parameters, given) == given
