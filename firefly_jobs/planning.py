@@ -21,7 +21,7 @@ from .exceptions import BadSignature, PayloadError, ScheduleError, TaskNotFoundE
 from .jobs import Job
 from .json_arguments import arguments_from_json, positional_from_json
 from .models import ScheduleModel
-from .schedule_models import CHANGEABLE, STORED_CALL
+from .schedule_models import CANNOT_RUN, CHANGEABLE, STORED_CALL
 
 # When it recurs: what was missed of another beat means nothing.
 _BEAT = frozenset({"cron", "timezone", "every", "starts_at", "is_paused", "is_retired"})
@@ -62,14 +62,17 @@ def change(row: ScheduleModel, changes: Mapping[str, Any], *, using: str) -> Non
     with databases.of(using).own_transaction(connections[using]):
         found = locked(using).get(pk=row.pk)
         changed = {name for name, value in changes.items() if getattr(found, name) != value}
+        columns = set[str]()
         for name, value in changes.items():
             setattr(found, name, value)
         # What is broken can be paused.
         if not changes or changed - {"is_paused"} or (changed and not found.is_paused):
             found.full_clean(exclude=["declared"])
             check_call(found)
+            if found.last_error.startswith(CANNOT_RUN):
+                found.last_error, columns = "", {"last_error"}
         plan_after(found, changed, found.now)
-        found.save(using=using, update_fields=[*changes, "next_run"])
+        found.save(using=using, update_fields=[*changes, *columns, "next_run"])
     take_over(row, found)
 
 

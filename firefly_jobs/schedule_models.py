@@ -37,9 +37,14 @@ CRON_LENGTH_MAX, ZONE_LENGTH_MAX = 200, 64
 # The salt under which a stored call is signed.
 STORED_CALL = "firefly_jobs.schedule"
 _MICROSECOND = timedelta(microseconds=1)
+# When it recurs; each alone says nothing.
+RECURRENCE_FIELDS: Collection[str] = ("cron", "timezone", "every")
+# How the error of a row begins that does not fit its call any more.
+CANNOT_RUN = "Cannot run: "
 # What a declaration says about a row, and a person may say instead.
 PLAN_FIELDS: Collection[str] = (
-    *("cron", "timezone", "every", "starts_at", "ends_at", "max_runs"),
+    *RECURRENCE_FIELDS,
+    *("starts_at", "ends_at", "max_runs"),
     *("misfire", "overlap", "jitter"),
 )
 # What a person may change.
@@ -179,9 +184,15 @@ class ScheduleModel(models.Model):
             else:
                 super().save(*args, **kwargs)
             return
-        with transaction.atomic(using=using):
-            super().save(*args, **{**kwargs, "using": using})
-            self.change()
+        pk = self.pk
+        try:
+            with transaction.atomic(using=using):
+                super().save(*args, **{**kwargs, "using": using})
+                self.change()
+        except Exception:
+            # As it was, to be mended and saved.
+            self.pk, self._state.adding = pk, True
+            raise
 
     # --- when it runs
 

@@ -33,7 +33,7 @@ from .declarations import (
 )
 from .models import ConsumerModel, ScheduleModel
 from .planning import check_call, locked, plan_after
-from .schedule_models import PLAN_FIELDS
+from .schedule_models import CANNOT_RUN, PLAN_FIELDS, RECURRENCE_FIELDS
 
 logger = logging.getLogger("firefly_jobs")
 
@@ -147,8 +147,9 @@ def _write(declaration: Declaration, synced: Synced, using: str) -> None:
             setattr(row, name, value)
         columns = [*changes, "next_run"]
         plan_after(row, changes, row.now)
-        if (problem := _problem(row)) is not None:
-            row.last_error, columns = problem, [*columns, "last_error"]
+        problem = _problem(row)
+        if problem is not None or row.last_error.startswith(CANNOT_RUN):
+            row.last_error, columns = problem or "", [*columns, "last_error"]
         row.save(using=using, update_fields=columns)
     (synced.created if is_new else synced.changed).append(declaration.name)
 
@@ -197,7 +198,7 @@ def _problem(row: ScheduleModel) -> str | None:
         row.clean()
         check_call(row)
     except ValidationError as error:
-        problem = f"Cannot run: {'; '.join(error.messages)}"
+        problem = f"{CANNOT_RUN}{'; '.join(error.messages)}"
         _complain("Schedule %s does not fit its call any more. %s", str(row.name), problem)
         return problem
     return None
@@ -215,10 +216,14 @@ def _changes(row: ScheduleModel, declaration: Declaration) -> dict[str, Any]:
     """Return what has to be written so that a row follows its declaration."""
     before, now = row.declared or {}, _as_json(declaration)
     said = _said(declaration)
+    by_hand = {name for name in said if _plain(getattr(row, name)) != before.get(name)}
+    if by_hand.intersection(RECURRENCE_FIELDS):
+        # Half of what a person said, and half of what the code does, is no plan.
+        by_hand.update(RECURRENCE_FIELDS)
     changes: dict[str, Any] = {
         name: value
         for name, value in said.items()
-        if now[name] != before.get(name) and _plain(getattr(row, name)) == before.get(name)
+        if now[name] != before.get(name) and name not in by_hand
     }
     if now != before:
         changes["declared"] = now

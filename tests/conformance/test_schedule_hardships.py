@@ -33,6 +33,8 @@ from tests.support.threads import Concurrent
 from tests.support.waiting import eventually
 from tests.testapp.models import Effect
 
+NOW = datetime.now(UTC)
+
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
@@ -466,15 +468,43 @@ def test_what_code_and_a_person_say_together_may_leave_no_plan(declare, caplog):
     declare(every=60.0)
     syncing.sync(using="default")
     row = ScheduleModel.objects.get()
-    row.change(every=600)
-    declare(cron="0 3 * * *", timezone="UTC")
+    row.change(ends_at=NOW + timedelta(days=1))
+    declare(every=60.0, starts_at=NOW + timedelta(days=2))
 
     syncing.sync(using="default")
 
-    assert read(row, "next_run", "cron", "every") == (None, "0 3 * * *", 600)
-    assert "not both" in row.last_error
-    row.change(every=None)
+    assert read(row, "next_run", "last_error")[0] is None
+    assert "before it starts" in row.last_error
+    row.change(ends_at=None)
+    assert read(row, "next_run") is not None
+    assert row.last_error == ""
+
+
+def test_a_person_and_the_code_do_not_share_in_when_it_recurs(declare):
+    declare(every=60.0)
+    syncing.sync(using="default")
+    row = ScheduleModel.objects.get()
+    row.change(every=600)
+
+    declare(cron="0 3 * * *", timezone="UTC")
+    syncing.sync(using="default")
+    assert read(row, "cron", "timezone", "every") == ("", "", 600)
     assert row.next_run is not None
+
+    # Who says the same as the code follows it again.
+    row.change(cron="0 3 * * *", timezone="UTC", every=None)
+    declare(every=30.0)
+    syncing.sync(using="default")
+    assert read(row, "cron", "timezone", "every") == ("", "", 30)
+
+
+def test_one_that_was_refused_is_saved_once_it_is_mended():
+    row = ScheduleModel(name="s", func_name=tasks.nothing.name, every=60, arguments={"args": [1]})
+    with pytest.raises(ValidationError):
+        row.save()
+    row.arguments = None
+    row.save()
+    assert ScheduleModel.objects.get().next_run is not None
 
 
 # --- what queues

@@ -58,6 +58,8 @@ class Command(BaseCommand):
             f"  {_state(row)}; runs {row.run_count}, succeeded {row.success_count}, "
             f"failed {row.failure_count}, retries {row.retry_count}"
         )
+        if row.next_run is None and row.last_error:
+            self.stdout.write(f"  {row.last_error}")
         try:
             lines = [_as_text(moment, row.zone) for moment in row.upcoming(count)]
         except (ValueError, ImproperlyConfigured) as error:
