@@ -12,7 +12,7 @@ from django.contrib.messages import get_messages
 from django.core.exceptions import ValidationError
 from django.test import Client
 
-from firefly_jobs import job_registry
+from firefly_jobs import job_registry, planning
 from firefly_jobs.admin import forms
 from firefly_jobs.admin.forms import arguments_form, entered
 from firefly_jobs.exceptions import JobRefused
@@ -140,7 +140,7 @@ def test_half_a_surrogate_pair_is_refused_and_shown_again(admin_client, url, fie
 @pytest.mark.parametrize("what", ["changed", "deleted"])
 def test_who_saves_after_somebody_else_is_told_so(admin_client, monkeypatch, what):
     row = schedule("s")
-    check = forms.check_call
+    check = planning.check_call
 
     def meanwhile(instance):
         check(instance)
