@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from django.db import Error, connections, transaction
-from django.db.models import F
+from django.db.models import F, Q
 
 from . import admission, databases, events, following, messenger, tallies
 from .columns import withdrawn_columns
@@ -306,17 +306,25 @@ class Walk:
         self._walk()
         return True
 
-    def cancel_late(self, ids: Sequence[int], error: str) -> None:
-        """Cancel steps of a stopping workflow that were passed over, unless they have started."""
-        rows = TaskModel.objects.using(self._using).filter(pk__in=ids, status__in=_WAITING)
-        # Before the gates, as by who adds a step; that is whom they are mostly locked by.
-        left = list(rows.order_by("pk").select_for_update().values_list("pk", flat=True))
+    def cancel_if_stopping(self, ids: Sequence[int]) -> None:
+        """Cancel steps that are about to wait again, if the workflow is stopping.
+
+        Their rows are written, or locked.  Who stops a workflow locks its gates before he looks
+        for what has not started, so one of the two sees the other.
+        """
+        if not ids or not self.lock_gates():
+            return
         workflows = WorkflowModel.objects.using(self._using)
         running = workflows.filter(pk=self._workflow, status=WorkflowStatus.RUNNING)
-        stopping = running.exclude(error="", is_cancelled=False)
-        if left and stopping.exists() and self.lock_gates():
-            self._cut_short(left, error)
-            self._walk()
+        stopping = running.exclude(error="", is_cancelled=False).first()
+        if stopping is None:
+            return
+        steps = WorkflowStep.objects.using(self._using).filter(pk__in=ids)
+        if not stopping.is_cancelled:
+            steps = steps.filter(is_cleanup=False)
+        reason = "the workflow was cancelled" if stopping.is_cancelled else stopping.error
+        self._cut_short(list(steps.values_list("pk", flat=True)), f"cancelled: {reason}")
+        self._walk()
 
     def cancel_steps(self, ids: Sequence[int], error: str) -> int:
         """Cancel some steps that have not started; return how many."""
@@ -334,7 +342,7 @@ class Walk:
         if passed_over := sorted(set(ids).difference(self._cancelled)):
             # Mostly they have started.  Nobody else would cancel one that was locked for another
             # reason; waiting for that comes after we have let go of the gates.
-            late = partial(_cancel_late, self._workflow, passed_over, error, using=self._using)
+            late = partial(_cancel_late, self._workflow, passed_over, using=self._using)
             transaction.on_commit(late, self._using)
 
     def _cut_short(self, ids: Sequence[int], error: str) -> None:
@@ -411,24 +419,52 @@ def _follow_after(ends: Sequence[End], *, using: str) -> None:
         follow([end for end in ends if end.id in ours], using=using)
 
 
-def _cancel_late(workflow: int, ids: Sequence[int], error: str, *, using: str) -> None:
+def _cancel_late(workflow: int, ids: Sequence[int], *, using: str) -> None:
     """Cancel the steps that were locked when their workflow stopped, once they are not."""
 
     def work() -> None:
         with databases.of(using).own_transaction(connections[using]):
-            Walk(workflow, using).cancel_late(ids, error)
+            rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=_WAITING)
+            # Before the gates, as by who adds a step; that is whom they are mostly locked by.
+            left = list(rows.order_by("pk").select_for_update().values_list("pk", flat=True))
+            Walk(workflow, using).cancel_if_stopping(left)
 
     try:
         tried_again(work, using=using)
     except Error:
-        # The workflow has stopped, whatever becomes of them; and a dispatcher waits for no lock.
+        # A dispatcher waits for no lock for long; who claims them sees that the workflow stops.
         logger.warning(
             "Workflow %s stopped while another session had locked steps of it that had not "
-            "started; they may start once it lets go: tasks %s",
+            "started; they are cancelled once it lets go and they are due: tasks %s",
             workflow,
             ids,
             exc_info=True,
         )
+
+
+def stopped_among(steps: Collection[int], *, using: str) -> set[int]:
+    """Return those of some steps that are not to start, as their workflow stops."""
+    is_stopping = Q(workflow__is_cancelled=True) | (~Q(workflow__error="") & Q(is_cleanup=False))
+    rows = WorkflowStep.objects.using(using).filter(
+        is_stopping, pk__in=steps, workflow__status=WorkflowStatus.RUNNING
+    )
+    return set(rows.values_list("pk", flat=True))
+
+
+def wait_again(steps: Iterable[tuple[int | None, int]], *, using: str) -> None:
+    """Cancel those of some calls that belong to workflows which are stopping.
+
+    Args:
+        steps: Workflow and id of rows that the open transaction lets wait: for a start that has
+            not been, a retry, or a place.
+        using: Database alias.
+    """
+    by_workflow: defaultdict[int, list[int]] = defaultdict(list)
+    for workflow, pk in steps:
+        if workflow is not None:
+            by_workflow[workflow].append(pk)
+    for workflow, ids in sorted(by_workflow.items()):
+        Walk(workflow, using).cancel_if_stopping(ids)
 
 
 # --- what people do

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -109,8 +109,33 @@ def release(claims: Collection[Claim], *, using: str) -> int:
             )
         lines.let_go()
         if released:
+            dependencies.wait_again(((item.workflow, item.id) for item in claims), using=using)
             announce(using, {item.queue for item in claims})
     return released
+
+
+def unless_stopped(claims: Sequence[Claim], *, using: str) -> Sequence[Claim]:
+    """Return claims without steps of workflows that stop; these are cancelled.
+
+    Whoever has stopped one could not cancel a step that was locked, or given back, meanwhile.
+    """
+    steps = [item.id for item in claims if item.workflow is not None]
+    late = dependencies.stopped_among(steps, using=using) if steps else set()
+    if late:
+        release([item for item in claims if item.id in late], using=using)
+    return [item for item in claims if item.id not in late] if late else claims
+
+
+def refused(claims: Iterable[Claim], *, using: str) -> None:
+    """Cancel what a limit has just put into a line, where its workflow has stopped meanwhile."""
+    steps = [(item.workflow, item.id) for item in claims if item.workflow is not None]
+
+    def work() -> None:
+        with databases.of(using).own_transaction(connections[using]):
+            dependencies.wait_again(steps, using=using)
+
+    if steps:
+        tried_again(work, using=using)
 
 
 # --- settling

@@ -24,11 +24,10 @@ def filled(
     Raises:
         PayloadError: If a step whose result stands there has not completed.
     """
-    names: set[str] = set()
-    for placeholder in placeholders_in((args, kwargs)):
-        names.update(_names_of(placeholder))
-    if not names:
+    found = list(placeholders_in((args, kwargs)))
+    if not found:
         return args, kwargs
+    names = {name for placeholder in found for name in _names_of(placeholder)}
     steps = WorkflowStep.objects.using(using).filter(workflow=workflow, name__in=names)
     completed = steps.filter(task__status=Status.COMPLETED).select_related("task")
     results = {step.name: step.task.returned for step in completed}

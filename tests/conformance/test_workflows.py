@@ -5,15 +5,18 @@ import sys
 import threading
 from queue import SimpleQueue
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.db import connection, transaction
 
 from firefly_jobs import (
+    Retry,
     TaskAlreadyScheduled,
     Workflow,
     WorkflowError,
     WorkflowModel,
+    admission,
     chain,
     chord,
     current_task,
@@ -25,9 +28,11 @@ from firefly_jobs import (
     task,
 )
 from firefly_jobs.attempts import Outcome, decide
+from firefly_jobs.claiming import Claimer
 from firefly_jobs.databases import Completion, Database
 from firefly_jobs.databases.functions import Isolation
 from firefly_jobs.dependencies import End, Walk
+from firefly_jobs.lines import Lines
 from firefly_jobs.models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowStep
 from firefly_jobs.placeholders import StepResult
 from firefly_jobs.states import Status
@@ -244,6 +249,15 @@ def test_arguments_of_steps_may_contain_themselves():
 
     returned = TaskModel.objects.get(step__name="echo").returned
     assert (returned[0], returned[1] is returned) == (1, True)
+
+
+def test_a_step_without_parents_gets_no_results():
+    wf = Workflow("root")
+    wf.add(gather)
+    run = wf.schedule()
+    run.add(gather.job.with_name("added"))
+    run_burst()
+    assert [row.returned for row in run.tasks.all()] == [{}, {}]
 
 
 def test_a_step_may_depend_on_nothing():
@@ -533,7 +547,7 @@ def test_a_step_that_stays_locked_keeps_no_dispatcher(caplog):
     connection.close()
 
     assert states(run)["b"] == "created"
-    assert "they may start once it lets go" in caplog.text
+    assert "they are cancelled once it lets go" in caplog.text
 
 
 @pytest.mark.postgresql
@@ -1243,3 +1257,137 @@ def test_a_picture():
     assert text.startswith("flowchart TD\n")
     assert f's{first}["say #34;a#34;"]:::created' in text
     assert f"s{first} -. failure .-> s{second}" in text
+
+
+# --- what waits again once its workflow stops
+
+
+def give_back(held):
+    lifecycle.release([held], using="default")
+
+
+def fail_and_retry(held):
+    outcome = Outcome(claim=held, duration=0.0, error=Retry(delay=0))
+    lifecycle.settle(decide(outcome, max_rescues=3), using="default", consumer=None)
+
+
+def fail_and_retry_together(held):
+    outcome = Outcome(claim=held, duration=0.0, error=Retry(delay=0))
+    lifecycle.settle_many([decide(outcome, max_rescues=3)], using="default", consumer=None)
+
+
+def die(held):
+    consumer = TaskModel.objects.get(pk=held.id).consumer or 0
+    lifecycle.free_rows(consumer, "dead", Lines((), using="default"), "default")
+
+
+@pytest.mark.parametrize("act", [give_back, fail_and_retry, fail_and_retry_together, die])
+@pytest.mark.parametrize("how", ["cancel", "failure"])
+def test_what_was_claimed_does_not_wait_again_in_a_workflow_that_has_stopped(act, how):
+    wf = Workflow("stops")
+    wf.add(failing("a"))
+    wf.add(call("b").with_options(max_retries=1))
+    wf.add(call("tidy"), depends_on="b", when="always")
+    run = wf.schedule()
+    first, held = claim()
+    if how == "cancel":
+        assert run.cancel()
+        complete(first)
+    else:
+        stop_by_failure(first)
+
+    with databases.of("default").own_transaction(connection):
+        act(held)
+
+    assert states(run)["b"] == "cancelled"
+    reason = {"cancel": "the workflow was cancelled", "failure": "step 'a' failed"}[how]
+    assert TaskModel.objects.get(step__name="b").error.startswith(f"cancelled: {reason}")
+    run_burst()
+    assert ran == ([] if how == "cancel" else ["tidy"])
+    assert ended(run)[0] == {"cancel": "cancelled", "failure": "failed"}[how]
+
+
+@pytest.mark.parametrize("act", [give_back, fail_and_retry, die])
+def test_clean_up_is_tried_again_in_a_workflow_that_has_failed(act):
+    wf = Workflow("cleans up")
+    wf.add(failing("a"))
+    wf.add(call("tidy").with_options(max_retries=1), depends_on="a", when="always")
+    run = wf.schedule()
+    (first,) = claim()
+    stop_by_failure(first)
+    (held,) = claim()
+
+    with databases.of("default").own_transaction(connection):
+        act(held)
+
+    assert states(run)["tidy"] == "created"
+    run_burst()
+    assert (ran, ended(run)[0]) == (["tidy"], "failed")
+
+
+def test_what_a_limit_refuses_does_not_wait_in_a_workflow_that_has_stopped():
+    limited = [call(name).with_options(concurrency=1) for name in ("a", "b")]
+    run = group(*limited).schedule()
+    claiming = Claimer(["default"], using="default")
+    admit = admission.admit
+
+    def cancel_and_admit(claims, **words):
+        assert run.cancel()
+        return admit(claims, **words)
+
+    with mock.patch.object(admission, "admit", cancel_and_admit):
+        (held,) = claiming.claim(10, consumer=1)
+
+    assert sorted(states(run).values()) == ["cancelled", "running"]
+    complete(held)
+    assert ended(run)[0] == "cancelled"
+
+
+@pytest.mark.parametrize("how", ["cancel", "failure"])
+def test_a_step_that_was_passed_over_is_cancelled_when_it_is_claimed(how):
+    wf = Workflow("passed over")
+    wf.add(failing("a"))
+    wf.add(call("b"))
+    wf.add(call("tidy"), depends_on="a", when="always")
+    run = wf.schedule()
+    (held,) = claim(limit=1)
+    late = TaskModel.objects.get(step__name="b")
+    # As whoever stops it sees it while another session has locked the row.
+    with mock.patch.object(Walk, "_lock_not_started", lambda *_: []):
+        stop_by_failure(held) if how == "failure" else run.cancel()
+    if how == "cancel":
+        complete(held)
+    else:
+        TaskModel.objects.filter(pk=late.pk).update(status="created")
+    assert states(run)["b"] == "created"
+
+    run_burst()
+
+    assert states(run)["b"] == "cancelled"
+    assert ran == (["tidy"] if how == "failure" else [])
+    assert ended(run)[0] == {"cancel": "cancelled", "failure": "failed"}[how]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("act", [give_back, fail_and_retry])
+def test_who_stops_a_workflow_and_what_waits_again_see_each_other(act):
+    run = group(call("a"), call("b").with_options(max_retries=1)).schedule()
+    first, held = claim()
+    sessions: SimpleQueue[int] = SimpleQueue()
+
+    def acts():
+        connection.ensure_connection()
+        sessions.put(session_id(connection))
+        act(held)
+
+    with transaction.atomic():
+        # It has looked for what has not started, and found nothing.
+        assert run.cancel()
+        acting = Concurrent(acts)
+        eventually_waits = sessions.get(timeout=10)
+        eventually(lambda: assert_waits_for_lock(eventually_waits))
+    acting.result()
+
+    complete(first)
+    assert states(run) == {"a": "completed", "b": "cancelled"}
+    assert ended(run)[0] == "cancelled"

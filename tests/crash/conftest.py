@@ -162,5 +162,7 @@ def time_passes(seconds: float) -> None:
 
 def stops_in_order(consumer: ConsumerProcess) -> None:
     """Assert that ``consumer`` still answers a SIGTERM and ends well."""
+    # One that was started a moment ago may not answer yet.
+    consumer.wait_for_line(r"Consumer \d+ consumes")
     consumer.terminate()
     assert consumer.wait() == 0, consumer.output
