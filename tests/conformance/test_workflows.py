@@ -1353,7 +1353,7 @@ def test_a_step_that_was_passed_over_is_cancelled_when_it_is_claimed(how):
     (held,) = claim(limit=1)
     late = TaskModel.objects.get(step__name="b")
     # As whoever stops it sees it while another session has locked the row.
-    with mock.patch.object(Walk, "_lock_not_started", lambda *_: []):
+    with mock.patch.object(Walk, "_lock_not_started", return_value=[]):
         stop_by_failure(held) if how == "failure" else run.cancel()
     if how == "cancel":
         complete(held)
