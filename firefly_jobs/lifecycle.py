@@ -122,7 +122,9 @@ def unless_stopped(claims: Sequence[Claim], *, using: str) -> Sequence[Claim]:
     steps = [item.id for item in claims if item.workflow is not None]
     late = dependencies.stopped_among(steps, using=using) if steps else set()
     if late:
-        release([item for item in claims if item.id in late], using=using)
+        stopped = [item for item in claims if item.id in late]
+        # It locks rows before gates, as who ends a step does, and who cancels the other way round.
+        tried_again(partial(release, stopped, using=using), using=using)
     return [item for item in claims if item.id not in late] if late else claims
 
 
