@@ -59,6 +59,8 @@ class Claim(NamedTuple):
     schedule: int | None = None
     # Whether it may start only once it is admitted, and frees a place when it ends.
     is_limited: bool = False
+    # Whether its workflow stops; mostly it is not to start then.
+    is_of_stopping: bool = False
     # Seconds that are left to start it, as claimed; then a moment of monotonic().  None: for ever.
     start_by: float | None = None
 

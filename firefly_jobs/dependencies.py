@@ -106,13 +106,10 @@ class Walk:
 
     def go_on(self, end: End, counted: Counted) -> None:
         """Do what follows from a completed step that was counted off where its row says."""
-        gates = WorkflowGate.objects.using(self._using).filter(workflow=self._workflow)
-        tasks = TaskModel.objects.using(self._using).filter(pk=end.id)
-        gate, rank = gates.filter(pk__in=tasks.values("next_gate")).values_list("pk", "rank").get()
         self._first = {end.id: end.status}
-        if rank == END_RANK:
+        if counted.rank == END_RANK:
             self._at_end.add(end.id)
-        self._heed(rank, {gate: counted})
+        self._heed(counted.rank, {counted.id: counted})
         self._walk()
 
     def _ignored(self, ends: Sequence[End]) -> set[int]:
@@ -221,19 +218,16 @@ class Walk:
         Args:
             gates: Whether something before them ended otherwise than asked.
         """
-        steps = WorkflowStep.objects.using(self._using)
-        for is_unmet in (False, True):
-            ids = [gate for gate, unmet in gates.items() if unmet is is_unmet]
-            if not ids:
-                continue
-            waiting = list(steps.filter(gate__in=ids).values_list("pk", flat=True))
-            if is_unmet:
-                self._cancel(waiting, SKIPPED)
-            else:
-                self._let_go(waiting)
-        edges = WorkflowEdge.objects.using(self._using).filter(source__in=list(gates))
-        for source, gate, rank in edges.values_list("source", "gate", "gate__rank"):
-            self._count(rank, gate, is_met=not gates[source])
+        ids, steps = list(gates), {False: list[int](), True: list[int]()}
+        for start in range(0, len(ids), _BATCH):
+            found = self._database.behind_gates(self._connection, ids[start : start + _BATCH])
+            for gate, step, next_gate, rank in found:
+                if step is not None:
+                    steps[gates[gate]].append(step)
+                else:
+                    self._count(rank, next_gate, is_met=not gates[gate])
+        self._let_go(steps[False])
+        self._cancel(steps[True], SKIPPED)
 
     def _let_go(self, ids: Sequence[int]) -> None:
         for start in range(0, len(ids), _BATCH):

@@ -119,7 +119,7 @@ def unless_stopped(claims: Sequence[Claim], *, using: str) -> Sequence[Claim]:
 
     Whoever has stopped one could not cancel a step that was locked, or given back, meanwhile.
     """
-    steps = [item.id for item in claims if item.workflow is not None]
+    steps = [item.id for item in claims if item.is_of_stopping]
     late = dependencies.stopped_among(steps, using=using) if steps else set()
     if late:
         stopped = [item for item in claims if item.id in late]

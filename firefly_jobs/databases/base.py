@@ -22,7 +22,7 @@ from django.db.models.sql import Query
 from firefly_jobs.attempts import Claim
 from firefly_jobs.priorities import Band
 
-from .completing import TABLE, Completing
+from .completing import TABLE, WORKFLOWS, Completing
 from .functions import SecondsFromNow
 from .notices import Channel, Notice, Subscription
 from .sessions import Session
@@ -37,6 +37,12 @@ CLAIM_COLUMNS = (
 
 # Whether a row has to be admitted once it is claimed.
 IS_LIMITED = "COALESCE(concurrency_key, rate_key, limit_key) IS NOT NULL"
+
+# Whether it is a step of a workflow that stops.
+IS_OF_STOPPING = (
+    f"CASE WHEN workflow_id IS NOT NULL THEN (SELECT w.is_cancelled OR w.error <> '' "  # noqa: S608 - only our own names are formatted in
+    f"FROM {WORKFLOWS} w WHERE w.id = workflow_id) ELSE FALSE END"
+)
 
 # How long the dispatcher waits for a lock: it answers signals and hands out work meanwhile.
 DISPATCHER_LOCK_SECONDS = 1
@@ -95,7 +101,8 @@ class Database(Completing):
 
     def __init__(self) -> None:
         super().__init__()
-        self.claimed = f"{CLAIM_COLUMNS}, {IS_LIMITED}, {self.until.format('expires_at')}"
+        until = self.until.format("expires_at")
+        self.claimed = f"{CLAIM_COLUMNS}, {IS_LIMITED}, {IS_OF_STOPPING}, {until}"
 
     # --- scheduling
 

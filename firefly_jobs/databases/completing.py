@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
-from django.db.models.sql import Query
-
 from firefly_jobs.attempts import Claim
 
-from .functions import Isolation
+from .functions import isolation_sql
 
 TABLE = "firefly_jobs_taskmodel"
+WORKFLOWS = "firefly_jobs_workflowmodel"
 GATES = "firefly_jobs_workflowgate"
 EDGES = "firefly_jobs_workflowedge"
-COUNTED = "waiting_for, is_unmet, is_cut_short"
+STEPS = "firefly_jobs_workflowstep"
+COUNTED = "waiting_for, is_unmet, is_cut_short, id, rank"
 COUNT_OFF = (
     f"UPDATE {GATES} SET waiting_for = waiting_for - %s, is_unmet = (is_unmet OR %s) WHERE id = %s"  # noqa: S608 - only our own names are formatted in
 )
@@ -72,12 +72,26 @@ class Edge(NamedTuple):
     isolation: str
 
 
+class Behind(NamedTuple):
+    """What waits at a gate: a step, or another gate, with its rank."""
+
+    gate: int
+    step: int | None
+    next_gate: int
+    rank: int
+
+
 class Counted(NamedTuple):
-    """A gate at which something was counted off; it is locked until the transaction ends."""
+    """A gate at which something was counted off; it is locked until the transaction ends.
+
+    Its id and its rank are told only if something follows.
+    """
 
     waiting_for: int
     is_unmet: bool
     is_cut_short: bool
+    id: int = 0
+    rank: int = 0
 
     @property
     def is_of_no_consequence(self) -> bool:
@@ -89,7 +103,7 @@ class Counted(NamedTuple):
         """Return what a statement says that returns ``COUNTED``."""
         if row is None or row[0] is None:
             return None
-        return cls(int(row[0]), bool(row[1]), bool(row[2]))
+        return cls(int(row[0]), bool(row[1]), bool(row[2]), *row[3:])
 
 
 class Completing:
@@ -98,9 +112,13 @@ class Completing:
     now: ClassVar[str] = ""
 
     def __init__(self) -> None:
+        # None of these is a column of gates as well.
+        self.completed = (
+            f"status = 'completed', completed = {self.now}, failed = NULL, duration = %s, "
+            f"returned = %s, error = '', active_key = NULL, limit_key = NULL"
+        )
         self.complete_sql = (
-            f"UPDATE {TABLE} SET status = 'completed', completed = {self.now}, failed = NULL, "  # noqa: S608 - only our own names are formatted in
-            f"duration = %s, returned = %s, error = '', active_key = NULL, limit_key = NULL "
+            f"UPDATE {TABLE} SET {self.completed} "  # noqa: S608 - only our own names are formatted in
             f"WHERE id = %s AND status = 'running' AND fence = %s"
         )
 
@@ -144,6 +162,19 @@ class Completing:
             )
             return [Edge(*row) for row in cursor.fetchall()]
 
+    def behind_gates(self, connection: Any, gates: Sequence[int]) -> list[Behind]:
+        """Return what waits at some gates."""
+        rank = connection.ops.quote_name("rank")
+        ids = f"({', '.join(['%s'] * len(gates))})"
+        with connection.cursor() as cursor:
+            cursor.execute(
+                f"SELECT gate_id, task_id, 0, 0 FROM {STEPS} WHERE gate_id IN {ids} UNION ALL "  # noqa: S608 - only our own names are formatted in
+                f"SELECT e.source_id, NULL, g.id, g.{rank} FROM {EDGES} e "
+                f"JOIN {GATES} g ON g.id = e.gate_id WHERE e.source_id IN {ids}",
+                [*gates, *gates],
+            )
+            return [Behind(*row) for row in cursor.fetchall()]
+
     def count_off(
         self, connection: Any, gate: int, count: int, *, is_unmet: bool
     ) -> Counted | None:
@@ -151,9 +182,3 @@ class Completing:
         with connection.cursor() as cursor:
             cursor.execute(f"{COUNT_OFF} RETURNING {COUNTED}", [count, is_unmet, gate])
             return Counted.of(cursor.fetchone())
-
-
-def isolation_sql(connection: Any) -> str:
-    """Return the isolation of the open transaction, as an expression."""
-    sql, _ = Query(None).get_compiler(connection=connection).compile(Isolation())
-    return str(sql)

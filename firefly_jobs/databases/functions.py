@@ -86,16 +86,19 @@ class Isolation(Func):
     output_field = CharField()
     arity = 0
 
-    def as_postgresql(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
-        """Render for PostgreSQL."""
-        template = "REPLACE(CURRENT_SETTING('transaction_isolation'), ' ', '-')"
-        return self.as_sql(compiler, connection, template=template, **extra_context)
+    def as_sql(self, compiler: Any, connection: Any, *args: Any, **extra_context: Any) -> Any:
+        """Render for any database."""
+        extra_context["template"] = isolation_sql(connection)
+        return super().as_sql(compiler, connection, *args, **extra_context)
 
-    def as_mysql(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
-        """Render for MariaDB, whose older versions know the former name only, and for MySQL."""
+
+def isolation_sql(connection: Any) -> str:
+    """Return what :class:`Isolation` asks a database."""
+    if connection.vendor == "postgresql":
+        return "REPLACE(CURRENT_SETTING('transaction_isolation'), ' ', '-')"
+    if connection.vendor == "mysql":
+        # Older versions of MariaDB know the former name only.
         name = "tx_isolation" if connection.mysql_is_mariadb else "transaction_isolation"
-        return self.as_sql(compiler, connection, template=f"LOWER(@@{name})", **extra_context)
-
-    def as_sqlite(self, compiler: Any, connection: Any, **extra_context: Any) -> Any:
-        """Render for SQLite, where nobody commits beside a transaction that writes."""
-        return self.as_sql(compiler, connection, template="'read-committed'", **extra_context)
+        return f"LOWER(@@{name})"
+    # Nobody commits beside a transaction that writes.
+    return "'read-committed'"

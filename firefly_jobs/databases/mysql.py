@@ -26,8 +26,8 @@ from .completing import (
     TABLE,
     Completion,
     Counted,
-    isolation_sql,
 )
+from .functions import isolation_sql
 from .sessions import SAVEPOINT, Session
 
 _ISOLATE = "SET SESSION TRANSACTION ISOLATION LEVEL {}"
@@ -36,6 +36,10 @@ logger = logging.getLogger("firefly_jobs")
 _CANDIDATES_PER_CLAIM = 3
 _DEADLOCK, _LOCK_TIMEOUT, _SNAPSHOT_CONFLICT = 1213, 1205, 1020
 _DUPLICATE = 1062
+# RANK is a word of its own in MySQL since window functions.
+_COUNTED = COUNTED.replace("rank", "`rank`")
+# Rows that completing changes if one gate waits for the step.
+_WITH_GATE = 2
 
 # Statements that commit the open transaction by themselves:
 # https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
@@ -339,26 +343,26 @@ class MySQL(Database):
             return int(cursor.rowcount)
 
     def complete_step(self, connection: Any, completion: Completion) -> tuple[bool, Counted | None]:
-        """Complete, and count off with a second statement, whose answer is a number."""
-        if not self.complete(connection, completion):
-            return False, None
-        # No UPDATE returns rows here, but it may leave a number behind, as one that inserts does:
-        # https://mariadb.com/kb/en/last_insert_id/
+        """Complete and count off with one statement, whose answer is a number."""
+        # An UPDATE may change rows of two tables; that of ours is read, and locked, first.  None
+        # returns rows here, but it may leave a number behind, as one that inserts does:
+        # https://mariadb.com/kb/en/update/ and https://mariadb.com/kb/en/last_insert_id/
         sql = (
-            f"UPDATE {GATES} SET waiting_for = waiting_for - 1 "  # noqa: S608 - only our own names are formatted in
-            f"WHERE id = (SELECT next_gate FROM {TABLE} WHERE id = %s) "
+            f"UPDATE {TABLE} t LEFT JOIN {GATES} g ON g.id = t.next_gate "  # noqa: S608 - only our own names are formatted in
             f"AND {isolation_sql(connection)} = 'read-committed' "
-            f"AND LAST_INSERT_ID(4 * waiting_for + 2 * is_unmet + is_cut_short) IS NOT NULL"
+            f"AND LAST_INSERT_ID(4 * waiting_for + 2 * is_unmet + is_cut_short) IS NOT NULL "
+            f"SET {self.completed}, waiting_for = waiting_for - 1 "
+            f"WHERE t.id = %s AND t.status = 'running' AND t.fence = %s"
         )
         with connection.cursor() as cursor:
-            cursor.execute(sql, [completion.id])
-            if not cursor.rowcount:
-                return True, None
+            cursor.execute(sql, completion.values)
+            if cursor.rowcount < _WITH_GATE:
+                return cursor.rowcount > 0, None
             before, flags = divmod(int(cursor.lastrowid), 4)
             if before > 1 and not flags & 1:
                 return True, Counted(before - 1, bool(flags & 2), is_cut_short=False)
             cursor.execute(
-                f"SELECT {COUNTED} FROM {GATES} WHERE id = "  # noqa: S608 - only our own names are formatted in
+                f"SELECT {_COUNTED} FROM {GATES} WHERE id = "  # noqa: S608 - only our own names are formatted in
                 f"(SELECT next_gate FROM {TABLE} WHERE id = %s)",
                 [completion.id],
             )
@@ -370,7 +374,7 @@ class MySQL(Database):
         """Update, which locks, and then read."""
         with connection.cursor() as cursor:
             cursor.execute(COUNT_OFF, [count, is_unmet, gate])
-            cursor.execute(f"SELECT {COUNTED} FROM {GATES} WHERE id = %s", [gate])  # noqa: S608 - only our own names are formatted in
+            cursor.execute(f"SELECT {_COUNTED} FROM {GATES} WHERE id = %s", [gate])  # noqa: S608 - only our own names are formatted in
             return Counted.of(cursor.fetchone())
 
     @contextmanager

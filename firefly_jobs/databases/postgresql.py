@@ -20,11 +20,12 @@ from .base import (
     DISPATCHER_LOCK_SECONDS,
     INSERT_COLUMNS,
     IS_LIMITED,
+    IS_OF_STOPPING,
     Database,
     new_columns,
 )
-from .completing import COUNTED, GATES, TABLE, Completion, Counted, isolation_sql
-from .functions import SecondsFromNow
+from .completing import COUNTED, GATES, TABLE, Completion, Counted
+from .functions import SecondsFromNow, isolation_sql
 from .notices import Channel, Notice, Subscription
 from .sessions import Session
 
@@ -262,7 +263,8 @@ class PostgreSQL(Database):
         columns = ", ".join(f"t.{column}" for column in CLAIM_COLUMNS.split(", ")).replace(
             "t.run_at", "EXTRACT(EPOCH FROM t.run_at)::float8"
         )
-        returning = f"{columns}, {IS_LIMITED}, {self.until.format('t.expires_at')}"
+        until = self.until.format("t.expires_at")
+        returning = f"{columns}, {IS_LIMITED}, {IS_OF_STOPPING}, {until}"
         mark = "" if not_below is None else f"AND run_at >= to_timestamp(%s) - {_MARK_MARGIN} "
         at = "%s" if priority is not None else _HIGHEST_PRIORITY
         sql = (

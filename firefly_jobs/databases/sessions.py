@@ -27,7 +27,8 @@ _ROLLS_BACK_TO = re.compile(
     _BLANK + r"ROLLBACK\s+(?:WORK\s+|TRANSACTION\s+)?TO\b", re.IGNORECASE | re.DOTALL
 )
 _GOES_ON = re.compile(r";\s*\S")
-_SETS_STATE = re.compile(r"\bset_config\s*\(|\bon\s+commit\b")
+# Each begins with plain letters, which are found without looking at every place.
+_SETS_STATE = [re.compile(r"set_config\s*\("), re.compile(r"on\s+commit\b")]
 
 # What ends the transaction, where the driver would not notice; what ends a savepoint and
 # all that were set after it; and what may hide the former.
@@ -253,5 +254,4 @@ class Session:
 
 def _sets_state(statement: str) -> bool:
     """Whether it sets what holds until the transaction ends, for whoever comes after it there."""
-    is_likely = "set_config" in statement or "commit" in statement
-    return is_likely and _SETS_STATE.search(statement) is not None
+    return any(pattern.search(statement) for pattern in _SETS_STATE)

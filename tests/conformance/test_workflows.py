@@ -483,7 +483,8 @@ def test_cancelling_meets_a_call_that_has_added_a_step(cancel):
     except OperationalError as error:
         # PostgreSQL ends who looks for a deadlock and finds it.  Whoever cancels has looked in
         # vain if this thread took its second; a consumer runs the call again.
-        assert databases.of("default").is_deadlock(error)
+        if not databases.of("default").is_deadlock(error):
+            raise
         assert cancelling.result()
         with transaction.atomic():
             lifecycle.complete(Completion.of(held, 0.0, ""), using="default")
@@ -556,6 +557,22 @@ def test_a_step_that_stays_locked_keeps_no_dispatcher(caplog):
 
     assert states(run)["b"] == "created"
     assert "they are cancelled once it lets go" in caplog.text
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+def test_who_claims_a_step_waits_for_nobody_who_has_locked_its_workflow():
+    run = chain(call("a")).schedule()
+
+    with second_connection() as other:
+        other.set_autocommit(False)
+        table = WorkflowModel._meta.db_table
+        query(other, f"SELECT id FROM {table} WHERE id = {run.pk} FOR UPDATE")
+        claimed = Concurrent(claim).result(timeout_seconds=20)
+        other.rollback()
+        other.set_autocommit(True)
+
+    assert [found.is_of_stopping for found in claimed] == [False]
 
 
 @pytest.mark.postgresql
@@ -1054,7 +1071,8 @@ def test_a_gate_is_found_by_its_key():
         transaction.set_rollback(True)
 
     assert is_held
-    assert counted == (29, False, False)
+    assert counted is not None
+    assert (counted.waiting_for, counted.is_unmet, counted.is_cut_short) == (29, False, False)
     for sql, params in statements:
         assert rows_read(sql, params) < 100, sql
 
