@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from .exceptions import DELAY_SECONDS_MAX, Cancel, ConsumerLost, Expired, Retry, Snooze
+from .exceptions import DELAY_SECONDS_MAX, Cancel, ConsumerLost, Retry, Snooze, Withdrawn
 from .retries import Fixed, RetryStrategy, fraction
 from .states import Status
 
 ERROR_LENGTH_MAX = 2_000
 TRACEBACK_LENGTH_MAX = 50_000
-# The reason that a row gives.
-EXPIRED = "expired"
 LOST_DELAY_SECONDS = 0.2
 NOT_STARTED_DELAY_SECONDS = 2.0
 _LOST_GROWTHS_MAX = 6
@@ -59,8 +57,8 @@ class Claim(NamedTuple):
     schedule: int | None = None
     # Whether it may start only once it is admitted, and frees a place when it ends.
     is_limited: bool = False
-    # Whether its workflow stops; mostly it is not to start then.
-    is_of_stopping: bool = False
+    # Why it is not to start: its workflow stops.
+    withdrawn: str = ""
     # Seconds that are left to start it, as claimed; then a moment of monotonic().  None: for ever.
     start_by: float | None = None
 
@@ -201,8 +199,9 @@ def decide(outcome: Outcome, *, max_rescues: int) -> Settlement:
         max_rescues: Losses while alone that a task survives
             (``FIREFLY_JOBS["MAX_RESCUES"]``).
     """
-    if isinstance(outcome.error, Expired):
-        return _settle(outcome, Ended.CANCELLED, Status.CANCELLED, error=EXPIRED, has_started=False)
+    if isinstance(outcome.error, Withdrawn):
+        error = str(outcome.error)
+        return _settle(outcome, Ended.CANCELLED, Status.CANCELLED, error=error, has_started=False)
     if not outcome.has_started:
         pause = NOT_STARTED_DELAY_SECONDS * (0.5 + fraction(outcome.claim.id, outcome.claim.fence))
         return _settle(

@@ -84,19 +84,13 @@ class Claimer:
         """
         admitted: list[Claim] = []
         for _ in range(ROUNDS_MAX):
-            found = self._claim(limit - len(admitted), consumer)
-            claims = lifecycle.unless_stopped(found, using=self._using)
-            if found and not claims:
-                continue
+            claims = self._claim(limit - len(admitted), consumer)
             if not any(claim.is_limited for claim in claims):
                 self.has_given_up = False
                 return [*admitted, *claims]
             self._limited_until = monotonic() + LIMITED_SECONDS
             passed = admission.admit(claims, using=self._using)
             admitted += passed
-            may_start = {claim.id for claim in passed}
-            waiting = [claim for claim in claims if claim.id not in may_start]
-            lifecycle.refused(waiting, using=self._using)
             if len(passed) == len(claims) or len(admitted) >= limit:
                 break
         self.has_given_up = not admitted

@@ -30,8 +30,8 @@ def follow(settlements: Sequence[Settlement], *, using: str) -> None:
     ]
     if ends:
         dependencies.follow(ends, using=using)
-    again = [item.claim for item in settlements if not item.status.is_terminal]
-    dependencies.wait_again(((claim.workflow, claim.id) for claim in again), using=using)
+    again = [item.claim.workflow for item in settlements if not item.status.is_terminal]
+    dependencies.finish_later(again, using=using)
     tallies.count_settled(settlements, using=using)
 
 

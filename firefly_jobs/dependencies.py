@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from django.db import Error, connections, transaction
-from django.db.models import F, Q
+from django.db.models import F, Q, QuerySet
 
 from . import admission, databases, events, following, messenger, tallies
 from .columns import withdrawn_columns
@@ -300,29 +300,16 @@ class Walk:
         self._walk()
         return True
 
-    def cancel_if_stopping(self, ids: Sequence[int]) -> None:
-        """Cancel steps that are about to wait again, if the workflow is stopping.
-
-        Their rows are written, or locked.  Who stops a workflow locks its gates before he looks
-        for what has not started, so one of the two sees the other.
-        """
-        if not ids or not self.lock_gates():
-            return
-        workflows = WorkflowModel.objects.using(self._using)
-        running = workflows.filter(pk=self._workflow, status=WorkflowStatus.RUNNING)
-        stopping = running.exclude(error="", is_cancelled=False).first()
-        if stopping is None:
-            return
-        steps = WorkflowStep.objects.using(self._using).filter(pk__in=ids)
-        if not stopping.is_cancelled:
-            steps = steps.filter(is_cleanup=False)
-        reason = "the workflow was cancelled" if stopping.is_cancelled else stopping.error
-        self._cut_short(list(steps.values_list("pk", flat=True)), f"cancelled: {reason}")
-        self._walk()
+    def cancel_rest(self, ids: Sequence[int]) -> None:
+        """Cancel steps that wait, and whose rows are locked, if the workflow still stops."""
+        self.lock_gates()
+        workflow = WorkflowModel.objects.using(self._using).get(pk=self._workflow)
+        left = left_over(using=self._using).filter(pk__in=ids).values_list("pk", flat=True)
+        self.cancel_steps(list(left), f"cancelled: {_reason(workflow)}")
 
     def cancel_steps(self, ids: Sequence[int], error: str) -> int:
         """Cancel some steps that have not started; return how many."""
-        if not self.lock_gates():
+        if not ids or not self.lock_gates():
             return 0
         before = len(self._cancelled)
         self._cut_short(ids, error)
@@ -333,11 +320,7 @@ class Walk:
     def _cut_all_short(self, ids: Sequence[int], error: str) -> None:
         """Cancel all steps that have not started, as the workflow stops."""
         self._cut_short(ids, error)
-        if passed_over := sorted(set(ids).difference(self._cancelled)):
-            # Mostly they have started.  Nobody else would cancel one that was locked for another
-            # reason; waiting for that comes after we have let go of the gates.
-            late = partial(_cancel_late, self._workflow, passed_over, using=self._using)
-            transaction.on_commit(late, self._using)
+        finish_later([self._workflow], using=self._using)
 
     def _cut_short(self, ids: Sequence[int], error: str) -> None:
         """Cancel steps although those before them may not have ended.
@@ -413,52 +396,69 @@ def _follow_after(ends: Sequence[End], *, using: str) -> None:
         follow([end for end in ends if end.id in ours], using=using)
 
 
-def _cancel_late(workflow: int, ids: Sequence[int], *, using: str) -> None:
-    """Cancel the steps that were locked when their workflow stopped, once they are not."""
+# --- what is left over of a workflow that stops
+
+
+def finish_later(workflows: Iterable[int | None], *, using: str) -> None:
+    """Cancel what waits in workflows that stop, once the open transaction has committed.
+
+    Called by who stops one, and by who lets a step wait that has been claimed: for a start that
+    has not been, or a retry.  Neither sees what the other has not committed, and neither waits
+    for the other; but who commits last sees both.
+    """
+    for workflow in sorted({pk for pk in workflows if pk is not None}):
+        transaction.on_commit(partial(finish_stopping, workflow, using=using), using)
+
+
+def left_over(*, using: str) -> QuerySet[WorkflowStep]:
+    """Return steps that wait although their workflow stops, but for those that wait for that."""
+    return _withdrawn(using).filter(task__status__in=_WAITING)
+
+
+def why_withdrawn(step: int, *, using: str) -> str:
+    """Return why a step is not to start, as what claims a row tells; mostly empty."""
+    found = _withdrawn(using).filter(pk=step).select_related("workflow").first()
+    return "" if found is None else _reason(found.workflow)
+
+
+def _withdrawn(using: str) -> QuerySet[WorkflowStep]:
+    running = WorkflowStep.objects.using(using).filter(workflow__status=WorkflowStatus.RUNNING)
+    return running.filter(
+        Q(workflow__is_cancelled=True) | (~Q(workflow__error="") & Q(is_cleanup=False))
+    )
+
+
+def _reason(workflow: WorkflowModel) -> str:
+    return "the workflow was cancelled" if workflow.is_cancelled else workflow.error
+
+
+def finish_stopping(workflow: int, *, using: str) -> None:
+    """Cancel what still waits in a workflow that stops.
+
+    That was locked when its workflow stopped, or has been let go since.  Should it stay locked,
+    a sweep comes again, and who claims it is told.
+    """
 
     def work() -> None:
         with databases.of(using).own_transaction(connections[using]):
-            rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=_WAITING)
+            rows = TaskModel.objects.using(using).filter(pk__in=late, status__in=_WAITING)
             # Before the gates, as by who adds a step; that is whom they are mostly locked by.
-            left = list(rows.order_by("pk").select_for_update().values_list("pk", flat=True))
-            Walk(workflow, using).cancel_if_stopping(left)
+            locked = list(rows.order_by("pk").select_for_update().values_list("pk", flat=True))
+            Walk(workflow, using).cancel_rest(locked)
 
+    late = list(left_over(using=using).filter(workflow=workflow).values_list("pk", flat=True))
     try:
-        tried_again(work, using=using)
+        if late:
+            tried_again(work, using=using)
     except Error:
-        # A dispatcher waits for no lock for long; who claims them sees that the workflow stops.
+        # A dispatcher waits for no lock for long.
         logger.warning(
             "Workflow %s stopped while another session had locked steps of it that had not "
-            "started; they are cancelled once it lets go and they are due: tasks %s",
+            "started; they are cancelled once it lets go: tasks %s",
             workflow,
-            ids,
+            late,
             exc_info=True,
         )
-
-
-def stopped_among(steps: Collection[int], *, using: str) -> set[int]:
-    """Return those of some steps that are not to start, as their workflow stops."""
-    is_stopping = Q(workflow__is_cancelled=True) | (~Q(workflow__error="") & Q(is_cleanup=False))
-    rows = WorkflowStep.objects.using(using).filter(
-        is_stopping, pk__in=steps, workflow__status=WorkflowStatus.RUNNING
-    )
-    return set(rows.values_list("pk", flat=True))
-
-
-def wait_again(steps: Iterable[tuple[int | None, int]], *, using: str) -> None:
-    """Cancel those of some calls that belong to workflows which are stopping.
-
-    Args:
-        steps: Workflow and id of rows that the open transaction lets wait: for a start that has
-            not been, a retry, or a place.
-        using: Database alias.
-    """
-    by_workflow: defaultdict[int, list[int]] = defaultdict(list)
-    for workflow, pk in steps:
-        if workflow is not None:
-            by_workflow[workflow].append(pk)
-    for workflow, ids in sorted(by_workflow.items()):
-        Walk(workflow, using).cancel_if_stopping(ids)
 
 
 # --- what people do

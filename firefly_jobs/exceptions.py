@@ -194,8 +194,8 @@ class MemoryLimitExceeded(Exception):
         super().__init__(message)
 
 
-class Expired(Exception):
-    """A call was not started by the time that ``expires`` said; so it is cancelled."""
+class Withdrawn(Exception):
+    """A call is not to be started, and is cancelled; the reason is what its row will tell."""
 
 
 class StopRequested(BaseException):

@@ -18,7 +18,7 @@ from .models import ConsumerModel, TaskModel
 from .states import Status
 
 # All but what is told to who starts it.
-_HELD = [name for name in Claim._fields if name not in {"is_of_stopping", "start_by"}]
+_HELD = [name for name in Claim._fields if name not in {"withdrawn", "start_by"}]
 _HAS_LIMITS = Q(
     Q(concurrency_key__isnull=False) | Q(rate_key__isnull=False) | Q(limit_key__isnull=False)
 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -109,35 +109,9 @@ def release(claims: Collection[Claim], *, using: str) -> int:
             )
         lines.let_go()
         if released:
-            dependencies.wait_again(((item.workflow, item.id) for item in claims), using=using)
+            dependencies.finish_later((item.workflow for item in claims), using=using)
             announce(using, {item.queue for item in claims})
     return released
-
-
-def unless_stopped(claims: Sequence[Claim], *, using: str) -> Sequence[Claim]:
-    """Return claims without steps of workflows that stop; these are cancelled.
-
-    Whoever has stopped one could not cancel a step that was locked, or given back, meanwhile.
-    """
-    steps = [item.id for item in claims if item.is_of_stopping]
-    late = dependencies.stopped_among(steps, using=using) if steps else set()
-    if late:
-        stopped = [item for item in claims if item.id in late]
-        # It locks rows before gates, as who ends a step does, and who cancels the other way round.
-        tried_again(partial(release, stopped, using=using), using=using)
-    return [item for item in claims if item.id not in late] if late else claims
-
-
-def refused(claims: Iterable[Claim], *, using: str) -> None:
-    """Cancel what a limit has just put into a line, where its workflow has stopped meanwhile."""
-    steps = [(item.workflow, item.id) for item in claims if item.workflow is not None]
-
-    def work() -> None:
-        with databases.of(using).own_transaction(connections[using]):
-            dependencies.wait_again(steps, using=using)
-
-    if steps:
-        tried_again(work, using=using)
 
 
 # --- settling
@@ -405,7 +379,8 @@ def _cancel(ids: Sequence[int], using: str) -> int:
         # Others wait for a step, so its end is more than that of a row.
         steps = list(found.filter(step__isnull=False).values_list("pk", flat=True))
         by_step = dependencies.cancel_steps(steps, reason, using=using) if steps else 0
-        rows = found.exclude(pk__in=steps)
+        # Not as an exclusion: InnoDB would lock the steps before that is asked.
+        rows = found.filter(pk__in=set(ids).difference(steps))
         tallies.count_withdrawn(rows, reason, using=using)
         note_withdrawn(rows, reason, using=using)
         messenger.cancelling(rows, reason, using=using)
@@ -442,7 +417,7 @@ def _retry(ids: Sequence[int], using: str) -> int:
             pk,
             extra={"task_id": pk},
         )
-    rows = found.exclude(pk__in=steps)
+    rows = found.filter(pk__in=set(ids).difference(steps))
     schedules: list[int | None] = []
     with databases.of(using).own_transaction(connections[using]):
         plain = rows.filter(unique_key__isnull=True)

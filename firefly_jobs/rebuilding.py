@@ -20,7 +20,7 @@ from django.db.models import Exists, F, OuterRef, QuerySet
 
 from . import databases, enqueue, events, following, tallies
 from .columns import revived_columns
-from .dependencies import Walk
+from .dependencies import Walk, finish_stopping, left_over
 from .exceptions import TaskAlreadyScheduled
 from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
@@ -71,7 +71,10 @@ def _retry_failed(workflow: int, using: str) -> int:
 
 
 def sweep(*, using: str) -> int:
-    """Let workflows go on that stand still; return how many there were."""
+    """Let workflows go on that stand still, and finish those that stop; return how many stood."""
+    stopping = left_over(using=using).order_by("workflow").values_list("workflow", flat=True)
+    for workflow in list(stopping.distinct()[:SWEEP_MAX]):
+        finish_stopping(workflow, using=using)
     tasks = TaskModel.objects.using(using).filter(workflow=OuterRef("pk"))
     moving = tasks.filter(status__in=[Status.CREATED, Status.RUNNING])
     in_line = tasks.filter(status=Status.BLOCKED, limit_key__isnull=False)

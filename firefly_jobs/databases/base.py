@@ -22,7 +22,7 @@ from django.db.models.sql import Query
 from firefly_jobs.attempts import Claim
 from firefly_jobs.priorities import Band
 
-from .completing import TABLE, WORKFLOWS, Completing
+from .completing import STEPS, TABLE, WORKFLOWS, Completing
 from .functions import SecondsFromNow
 from .notices import Channel, Notice, Subscription
 from .sessions import Session
@@ -38,10 +38,13 @@ CLAIM_COLUMNS = (
 # Whether a row has to be admitted once it is claimed.
 IS_LIMITED = "COALESCE(concurrency_key, rate_key, limit_key) IS NOT NULL"
 
-# Whether it is a step of a workflow that stops.
-IS_OF_STOPPING = (
-    f"CASE WHEN workflow_id IS NOT NULL THEN (SELECT w.is_cancelled OR w.error <> '' "  # noqa: S608 - only our own names are formatted in
-    f"FROM {WORKFLOWS} w WHERE w.id = workflow_id) ELSE FALSE END"
+# Why a step is not to start, if its workflow stops; {} is the name of our table.
+WITHDRAWN = (
+    f"CASE WHEN workflow_id IS NULL THEN '' ELSE COALESCE((SELECT CASE "  # noqa: S608 - only our own names are formatted in
+    f"WHEN w.is_cancelled THEN 'the workflow was cancelled' "
+    f"WHEN s.is_cleanup THEN '' ELSE w.error END FROM {STEPS} s "
+    f"JOIN {WORKFLOWS} w ON w.id = s.workflow_id AND w.status = 'running' "
+    f"WHERE s.task_id = {{}}.id), '') END"
 )
 
 # How long the dispatcher waits for a lock: it answers signals and hands out work meanwhile.
@@ -102,7 +105,7 @@ class Database(Completing):
     def __init__(self) -> None:
         super().__init__()
         until = self.until.format("expires_at")
-        self.claimed = f"{CLAIM_COLUMNS}, {IS_LIMITED}, {IS_OF_STOPPING}, {until}"
+        self.claimed = f"{CLAIM_COLUMNS}, {IS_LIMITED}, {WITHDRAWN.format(TABLE)}, {until}"
 
     # --- scheduling
 

@@ -20,7 +20,7 @@ from .base import (
     DISPATCHER_LOCK_SECONDS,
     INSERT_COLUMNS,
     IS_LIMITED,
-    IS_OF_STOPPING,
+    WITHDRAWN,
     Database,
     new_columns,
 )
@@ -264,7 +264,7 @@ class PostgreSQL(Database):
             "t.run_at", "EXTRACT(EPOCH FROM t.run_at)::float8"
         )
         until = self.until.format("t.expires_at")
-        returning = f"{columns}, {IS_LIMITED}, {IS_OF_STOPPING}, {until}"
+        returning = f"{columns}, {IS_LIMITED}, {WITHDRAWN.format('t')}, {until}"
         mark = "" if not_below is None else f"AND run_at >= to_timestamp(%s) - {_MARK_MARGIN} "
         at = "%s" if priority is not None else _HIGHEST_PRIORITY
         sql = (

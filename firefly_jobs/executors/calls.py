@@ -18,11 +18,11 @@ from firefly_jobs.databases import Completion
 from firefly_jobs.exceptions import (
     Cancel,
     CommitUncertain,
-    Expired,
     LaneTimeoutError,
     Retry,
     Snooze,
     StopRequested,
+    Withdrawn,
 )
 from firefly_jobs.reporting import log_fields
 from firefly_jobs.transactions import CallTransaction
@@ -35,14 +35,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("firefly_jobs")
 
+# The reason that a row gives.
+EXPIRED = "expired"
 
-def refuse_if_expired(claim: Claim) -> None:
-    """Raise ``Expired`` if it is too late to start the call.
 
-    The database told, when it was claimed, how much time was left.
+def refuse_if_withdrawn(claim: Claim) -> None:
+    """Raise ``Withdrawn`` if it is too late to start the call, or its workflow stops.
+
+    The database told, when it was claimed, how much time was left, and whether that stops.
     """
     if claim.start_by is not None and monotonic() >= claim.start_by:
-        raise Expired
+        raise Withdrawn(EXPIRED)
+    if claim.withdrawn:
+        reason = f"cancelled: {claim.withdrawn}"
+        raise Withdrawn(reason)
 
 
 def load_arguments(claim: Claim, using: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -175,7 +175,7 @@ class CoroutineLoop(threading.Thread):
         binding: LaneBinding | None = None
         allowance: Allowance | None = None
         try:
-            calls.refuse_if_expired(claim)
+            calls.refuse_if_withdrawn(claim)
             task = registry.find(claim.func_name)
             messenger.started(claim, using=self._using, owner=self._work.owner)
             run = this_run = Run(task, claim, using=self._using)

@@ -115,7 +115,7 @@ class Group:
         run: Run | None = None
         try:
             transaction.begin_member()
-            calls.refuse_if_expired(claim)
+            calls.refuse_if_withdrawn(claim)
             task = registry.find(claim.func_name)
             messenger.started(claim, using=transaction.using, owner=self._work.owner)
             run = this_run = Run(task, claim, using=transaction.using)

@@ -91,7 +91,7 @@ class SyncLane(threading.Thread):
         started = perf_counter()
         run: Run | None = None
         try:
-            calls.refuse_if_expired(claim)
+            calls.refuse_if_withdrawn(claim)
             task = registry.find(claim.func_name)
             if not self._begin(claim, transaction, atomic=task.options.atomic):
                 return

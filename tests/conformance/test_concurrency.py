@@ -28,7 +28,7 @@ from firefly_jobs import (
 from firefly_jobs.attempts import Outcome, decide
 from firefly_jobs.databases import Completion
 from firefly_jobs.databases.functions import Isolation
-from firefly_jobs.exceptions import Expired
+from firefly_jobs.exceptions import Withdrawn
 from firefly_jobs.models import ConcurrencySlot, TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import (
@@ -589,7 +589,7 @@ def released(held):
 
 
 def expired(held):
-    outcome = Outcome(claim=held, duration=0.0, error=Expired(), has_started=False)
+    outcome = Outcome(claim=held, duration=0.0, error=Withdrawn("expired"), has_started=False)
     lifecycle.settle(decide(outcome, max_rescues=3), using="default", consumer=1)
 
 

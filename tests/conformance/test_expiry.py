@@ -8,8 +8,8 @@ from django.utils import timezone
 
 from firefly_jobs import Snooze, lifecycle
 from firefly_jobs.databases.functions import DatabaseNow
-from firefly_jobs.exceptions import Expired
-from firefly_jobs.executors.calls import refuse_if_expired
+from firefly_jobs.exceptions import Withdrawn
+from firefly_jobs.executors.calls import refuse_if_withdrawn
 from firefly_jobs.models import TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import (
@@ -115,10 +115,10 @@ def test_a_call_is_not_started_once_its_moment_has_passed():
     tasks.nothing.using(expires=100).schedule()
     held = claim_one()
 
-    refuse_if_expired(held)
-    refuse_if_expired(held._replace(start_by=None))
-    with pytest.raises(Expired):
-        refuse_if_expired(held._replace(start_by=monotonic()))
+    refuse_if_withdrawn(held)
+    refuse_if_withdrawn(held._replace(start_by=None))
+    with pytest.raises(Withdrawn):
+        refuse_if_withdrawn(held._replace(start_by=monotonic()))
 
 
 def test_once_started_it_does_not_expire():

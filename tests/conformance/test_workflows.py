@@ -3,12 +3,14 @@
 import contextlib
 import sys
 import threading
+from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any
 from unittest import mock
 
 import pytest
 from django.db import OperationalError, connection, transaction
+from django.utils import timezone
 
 from firefly_jobs import (
     Retry,
@@ -557,6 +559,20 @@ def test_a_step_that_stays_locked_keeps_no_dispatcher(caplog):
 
     assert states(run)["b"] == "created"
     assert "they are cancelled once it lets go" in caplog.text
+    # Nobody claims it before tomorrow, but a sweep comes by.
+    TaskModel.objects.filter(step__name="b").update(not_before=timezone.now() + timedelta(days=1))
+    rebuilding.sweep(using="default")
+    assert (states(run)["b"], ended(run)[0]) == ("cancelled", "failed")
+
+
+@pytest.mark.postgresql
+@pytest.mark.mysql
+def test_who_cancels_a_step_does_not_wait_for_whoever_claims_it():
+    group(call("a")).schedule()
+    row = TaskModel.objects.get()
+
+    with locked(row):
+        assert not Concurrent(row.cancel).result(timeout_seconds=20)
 
 
 @pytest.mark.postgresql
@@ -572,7 +588,7 @@ def test_who_claims_a_step_waits_for_nobody_who_has_locked_its_workflow():
         other.rollback()
         other.set_autocommit(True)
 
-    assert [found.is_of_stopping for found in claimed] == [False]
+    assert [found.withdrawn for found in claimed] == [""]
 
 
 @pytest.mark.postgresql
@@ -1363,9 +1379,12 @@ def test_what_a_limit_refuses_does_not_wait_in_a_workflow_that_has_stopped():
 
     with mock.patch.object(admission, "admit", cancel_and_admit):
         (held,) = claiming.claim(10, consumer=1)
-
-    assert sorted(states(run).values()) == ["cancelled", "running"]
+    assert sorted(states(run).values()) == ["blocked", "running"]
     complete(held)
+    run_burst()
+
+    assert sorted(states(run).values()) == ["cancelled", "completed"]
+    assert ran == []
     assert ended(run)[0] == "cancelled"
 
 
@@ -1395,25 +1414,61 @@ def test_a_step_that_was_passed_over_is_cancelled_when_it_is_claimed(how):
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("commits_first", ["who stops", "what waits"])
 @pytest.mark.parametrize("act", [give_back, fail_and_retry])
-def test_who_stops_a_workflow_and_what_waits_again_see_each_other(act):
+def test_who_stops_a_workflow_and_what_waits_again_see_each_other(act, commits_first):
     run = group(call("a"), call("b").with_options(max_retries=1)).schedule()
     first, held = claim()
-    sessions: SimpleQueue[int] = SimpleQueue()
+    is_written, may_commit = threading.Event(), threading.Event()
 
     def acts():
-        connection.ensure_connection()
-        sessions.put(session_id(connection))
-        act(held)
+        with databases.of("default").own_transaction(connection):
+            act(held)
+            is_written.set()
+            assert may_commit.wait(20)
 
+    acting = Concurrent(acts)
+    assert is_written.wait(20)
     with transaction.atomic():
-        # It has looked for what has not started, and found nothing.
+        # It looks for what has not started, and finds nothing.
         assert run.cancel()
-        acting = Concurrent(acts)
-        eventually_waits = sessions.get(timeout=10)
-        eventually(lambda: assert_waits_for_lock(eventually_waits))
+        if commits_first == "what waits":
+            may_commit.set()
+            acting.result()
+    may_commit.set()
     acting.result()
 
+    assert states(run) == {"a": "running", "b": "cancelled"}
     complete(first)
-    assert states(run) == {"a": "completed", "b": "cancelled"}
     assert ended(run)[0] == "cancelled"
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("act", [give_back, fail_and_retry, fail_and_retry_together, die])
+def test_what_waits_again_does_not_wait_for_who_adds_a_step(act):
+    run = group(call("a"), call("b").with_options(max_retries=1)).schedule()
+    _, held = claim()
+
+    def acts():
+        with databases.of("default").own_transaction(connection):
+            act(held)
+
+    with transaction.atomic():
+        # The gate of the end is locked until this commits.
+        run.add(call("late"))
+        Concurrent(acts).result(timeout_seconds=20)
+
+    assert states(run)["b"] == "created"
+
+
+@pytest.mark.server
+def test_what_a_limit_refuses_does_not_wait_for_who_adds_a_step():
+    run = group(*(call(name).with_options(concurrency=1) for name in "ab")).schedule()
+    claiming = Claimer(["default"], using="default")
+
+    with transaction.atomic():
+        run.add(call("late"))
+        claims = Concurrent(lambda: claiming.claim(10, consumer=1)).result(timeout_seconds=20)
+
+    assert len(claims) == 1
+    assert sorted(states(run).values()) == ["blocked", "created", "running"]

@@ -15,7 +15,7 @@ import threading
 from functools import lru_cache
 from time import monotonic
 
-from firefly_jobs import fencing, registry
+from firefly_jobs import dependencies, fencing, registry
 from firefly_jobs.attempts import Claim, Outcome, Settlement
 from firefly_jobs.autodiscovery import import_tasks
 from firefly_jobs.databases import Completion
@@ -132,7 +132,10 @@ def held_claim(pk: int, fence: int, *, using: str) -> Claim | None:
     if not found:
         return None
     is_too_late = rows.filter(expires_at__lte=DatabaseNow()).exists()
-    return found[0]._replace(start_by=monotonic() if is_too_late else None)
+    return found[0]._replace(
+        start_by=monotonic() if is_too_late else None,
+        withdrawn=dependencies.why_withdrawn(pk, using=using),
+    )
 
 
 @lru_cache(maxsize=1)
