@@ -21,7 +21,7 @@ from time import monotonic
 from typing import Any
 
 from django.db import IntegrityError, connections, transaction
-from django.db.models import Q, QuerySet
+from django.db.models import QuerySet
 
 from . import admission, databases, dependencies, events, fencing, messenger, tallies
 from .attempts import Claim, Settlement, Verdict, decide_buried, decide_rescued
@@ -37,7 +37,7 @@ from .exceptions import LeaseLost
 from .fencing import claims_of, held, lease_lost
 from .history import note_withdrawn
 from .lines import Lines, lines_of, tried_again
-from .models import TaskAttempt, TaskModel, WorkflowModel
+from .models import TaskAttempt, TaskModel, WorkflowModel, WorkflowStep
 from .states import TRANSITIONS, Status, WorkflowStatus
 from .wakeup import announce, announce_ended
 
@@ -376,17 +376,19 @@ def _cancel(ids: Sequence[int], using: str) -> int:
     reason = "cancelled while it waited"
     columns = withdrawn_columns(reason)
     with databases.of(using).own_transaction(connections[using]):
-        # Others wait for a step, so its end is more than that of a row.
-        steps = list(found.filter(step__isnull=False).values_list("pk", flat=True))
-        by_step = dependencies.cancel_steps(steps, reason, using=using) if steps else 0
+        # Others wait for a step, so its end is more than that of a row: also of one that has
+        # started, and may wait again a moment later.
+        steps = _steps_among(ids, using)
+        idle = list(found.filter(pk__in=steps).values_list("pk", flat=True)) if steps else []
+        by_step = dependencies.cancel_steps(idle, reason, using=using) if idle else 0
         # Not as an exclusion: InnoDB would lock the steps before that is asked.
-        rows = found.filter(pk__in=set(ids).difference(steps))
+        rows = found.filter(pk__in=set(ids) - steps)
         tallies.count_withdrawn(rows, reason, using=using)
         note_withdrawn(rows, reason, using=using)
         messenger.cancelling(rows, reason, using=using)
         events.changing(rows, EventKind.CANCELLED, reason, using=using)
         cancelled = rows.filter(limit_key__isnull=True).update(**columns)
-        if cancelled < len(ids) - len(steps):
+        if cancelled < len(set(ids) - steps):
             # The others stand in a line, or have started.
             places = admission.places_of(rows)
             cancelled += rows.update(**columns)
@@ -409,15 +411,15 @@ def retry(ids: Sequence[int], *, using: str) -> int:
 def _retry(ids: Sequence[int], using: str) -> int:
     ended = [Status.FAILED, Status.CANCELLED]
     found = TaskModel.objects.using(using).filter(pk__in=ids, status__in=ended)
-    is_of_workflow = Q(step__isnull=False) | Q(workflow__in=_open_workflows(using))
-    steps = list(found.filter(is_of_workflow).values_list("pk", flat=True))
-    for pk in steps:
+    last = TaskModel.objects.using(using).filter(pk__in=ids, workflow__in=_open_workflows(using))
+    others = _steps_among(ids, using).union(last.values_list("pk", flat=True))
+    for pk in found.filter(pk__in=others).order_by("pk").values_list("pk", flat=True):
         logger.warning(
             "Task %s is a step of a workflow; use the workflow's retry_failed()",
             pk,
             extra={"task_id": pk},
         )
-    rows = found.filter(pk__in=set(ids).difference(steps))
+    rows = found.filter(pk__in=set(ids) - others)
     schedules: list[int | None] = []
     with databases.of(using).own_transaction(connections[using]):
         plain = rows.filter(unique_key__isnull=True)
@@ -446,6 +448,11 @@ def _retry(ids: Sequence[int], using: str) -> int:
         # Their queues are not known here, and asking for them would cost more.
         announce(using, (ANY_QUEUE,))
     return len(schedules)
+
+
+def _steps_among(ids: Sequence[int], using: str) -> set[int]:
+    steps = WorkflowStep.objects.using(using).filter(pk__in=ids)
+    return set(steps.values_list("pk", flat=True))
 
 
 def _open_workflows(using: str) -> QuerySet[WorkflowModel]:

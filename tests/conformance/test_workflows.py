@@ -27,6 +27,7 @@ from firefly_jobs import (
     group,
     lifecycle,
     rebuilding,
+    tallies,
     task,
 )
 from firefly_jobs.attempts import Outcome, decide
@@ -563,6 +564,22 @@ def test_a_step_that_stays_locked_keeps_no_dispatcher(caplog):
     TaskModel.objects.filter(step__name="b").update(not_before=timezone.now() + timedelta(days=1))
     rebuilding.sweep(using="default")
     assert (states(run)["b"], ended(run)[0]) == ("cancelled", "failed")
+
+
+def test_a_step_that_waits_again_while_it_is_cancelled_counts():
+    run = chain(call("a"), call("b")).schedule()
+    (held,) = claim()
+    count = tallies.count_withdrawn
+
+    def give_back_and_count(rows, reason, **words):
+        lifecycle.release([held], using="default")
+        return count(rows, reason, **words)
+
+    with mock.patch.object(tallies, "count_withdrawn", give_back_and_count):
+        assert not TaskModel.objects.get(pk=held.id).cancel()
+
+    run_burst()
+    assert (ran, ended(run)[0]) == (["a", "b"], "completed")
 
 
 @pytest.mark.postgresql
