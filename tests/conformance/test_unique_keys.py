@@ -417,6 +417,7 @@ def test_a_bulk_replaces_with_its_last_and_raises_with_none():
     assert count() == 1
 
 
+@pytest.mark.server
 def test_bulks_with_the_same_keys_do_not_meet_in_a_deadlock():
     names = [f"k{n}" for n in range(1_500)]
     barrier = threading.Barrier(4)
