@@ -142,6 +142,10 @@ def _every_shape() -> None:
 def _siblings() -> None:
     together = Workflow("together")
     middle = [together.add(chaos_tasks.write_at_once.job) for _ in range(SIBLINGS)]
+    # Ends and retries that are settled together.
+    again = chaos_tasks.succeed_later.job.with_options(retry_delay=0)
+    middle += [together.add(again) for _ in range(SIBLINGS // 4)]
+    middle += [together.add(chaos_tasks.fail.job, ignore_result=True) for _ in range(SIBLINGS // 4)]
     together.add(chaos_tasks.write_at_once.job, depends_on=middle)
     fails = Workflow("fails")
     middle = [fails.add(chaos_tasks.write_at_once.job) for _ in range(SIBLINGS // 2)]
