@@ -32,7 +32,7 @@ from .graphs import END_RANK, When
 from .history import note_withdrawn
 from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
-from .states import Status, WorkflowStatus
+from .states import WORKFLOW_CANCELLED, Status, WorkflowStatus
 from .wakeup import announce, announce_ended
 from .workflow_models import IS_IGNORED
 
@@ -297,20 +297,23 @@ class Walk:
         running = workflows.filter(pk=self._workflow, status=WorkflowStatus.RUNNING)
         if not running.update(is_cancelled=True):
             return False
-        self._cut_all_short(self._not_started(), "cancelled: the workflow was cancelled")
+        self._cut_all_short(self._not_started(), f"cancelled: {WORKFLOW_CANCELLED}")
         self._walk()
         return True
 
     def cancel_rest(self, ids: Sequence[int]) -> None:
         """Cancel steps that wait, and whose rows are locked, if the workflow still stops."""
-        self.lock_gates()
-        workflow = WorkflowModel.objects.using(self._using).get(pk=self._workflow)
-        left = left_over(using=self._using).filter(pk__in=ids).values_list("pk", flat=True)
-        self.cancel_steps(list(left), f"cancelled: {_reason(workflow)}")
+        if not ids or not self.lock_gates():
+            return
+        left = list(left_over(using=self._using).filter(pk__in=ids).values_list("pk", flat=True))
+        if left:
+            workflow = WorkflowModel.objects.using(self._using).get(pk=self._workflow)
+            self._cut_short(left, f"cancelled: {_reason(workflow)}")
+            self._walk()
 
     def cancel_steps(self, ids: Sequence[int], error: str) -> int:
         """Cancel some steps that have not started; return how many."""
-        if not ids or not self.lock_gates():
+        if not self.lock_gates():
             return 0
         before = len(self._cancelled)
         self._cut_short(ids, error)
@@ -430,7 +433,7 @@ def _withdrawn(using: str) -> QuerySet[WorkflowStep]:
 
 
 def _reason(workflow: WorkflowModel) -> str:
-    return "the workflow was cancelled" if workflow.is_cancelled else workflow.error
+    return WORKFLOW_CANCELLED if workflow.is_cancelled else workflow.error
 
 
 def finish_stopping(workflow: int, *, using: str) -> None:
@@ -441,6 +444,9 @@ def finish_stopping(workflow: int, *, using: str) -> None:
     """
 
     def work() -> None:
+        late = list(left_over(using=using).filter(workflow=workflow).values_list("pk", flat=True))
+        if not late:
+            return
         with databases.of(using).own_transaction(connections[using]):
             # InnoDB would go by the index of statuses, and meet who claims some of them there.
             rows = TaskModel.objects.using(using).alias(state=Concat("status", Value("")))
@@ -449,17 +455,14 @@ def finish_stopping(workflow: int, *, using: str) -> None:
             locked = list(rows.order_by("pk").select_for_update().values_list("pk", flat=True))
             Walk(workflow, using).cancel_rest(locked)
 
-    late = list(left_over(using=using).filter(workflow=workflow).values_list("pk", flat=True))
     try:
-        if late:
-            tried_again(work, using=using)
+        tried_again(work, using=using)
     except Error:
-        # A dispatcher waits for no lock for long.
+        # A dispatcher waits for no lock for long, and what has been committed is no failure.
         logger.warning(
-            "Workflow %s stopped while another session had locked steps of it that had not "
-            "started; they are cancelled once it lets go: tasks %s",
+            "Steps that are left over of workflow %s since it stopped could not be cancelled now, "
+            "mostly as another session has locked one; they are cancelled once it lets go",
             workflow,
-            late,
             exc_info=True,
         )
 

@@ -382,13 +382,14 @@ def _cancel(ids: Sequence[int], using: str) -> int:
         idle = list(found.filter(pk__in=steps).values_list("pk", flat=True)) if steps else []
         by_step = dependencies.cancel_steps(idle, reason, using=using) if idle else 0
         # Not as an exclusion: InnoDB would lock the steps before that is asked.
-        rows = found.filter(pk__in=set(ids) - steps)
+        plain = set(ids) - steps
+        rows = found.filter(pk__in=plain)
         tallies.count_withdrawn(rows, reason, using=using)
         note_withdrawn(rows, reason, using=using)
         messenger.cancelling(rows, reason, using=using)
         events.changing(rows, EventKind.CANCELLED, reason, using=using)
         cancelled = rows.filter(limit_key__isnull=True).update(**columns)
-        if cancelled < len(set(ids) - steps):
+        if cancelled < len(plain):
             # The others stand in a line, or have started.
             places = admission.places_of(rows)
             cancelled += rows.update(**columns)

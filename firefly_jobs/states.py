@@ -57,3 +57,7 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
 def sources(target: Status) -> list[Status]:
     """Return the states a row may be in to become ``target``."""
     return [status for status, targets in TRANSITIONS.items() if target in targets]
+
+
+# The reason that rows of a workflow that was cancelled give.
+WORKFLOW_CANCELLED = "the workflow was cancelled"

@@ -21,6 +21,7 @@ from django.db.models.sql import Query
 
 from firefly_jobs.attempts import Claim
 from firefly_jobs.priorities import Band
+from firefly_jobs.states import WORKFLOW_CANCELLED
 
 from .completing import STEPS, TABLE, WORKFLOWS, Completing
 from .functions import SecondsFromNow
@@ -41,7 +42,7 @@ IS_LIMITED = "COALESCE(concurrency_key, rate_key, limit_key) IS NOT NULL"
 # Why a step is not to start, if its workflow stops; {} is the name of our table.
 WITHDRAWN = (
     f"CASE WHEN workflow_id IS NULL THEN '' ELSE COALESCE((SELECT CASE "  # noqa: S608 - only our own names are formatted in
-    f"WHEN w.is_cancelled THEN 'the workflow was cancelled' "
+    f"WHEN w.is_cancelled THEN '{WORKFLOW_CANCELLED}' "
     f"WHEN s.is_cleanup THEN '' ELSE w.error END FROM {STEPS} s "
     f"JOIN {WORKFLOWS} w ON w.id = s.workflow_id AND w.status = 'running' "
     f"WHERE s.task_id = {{}}.id), '') END"

@@ -73,7 +73,7 @@ class Edge(NamedTuple):
 
 
 class Behind(NamedTuple):
-    """What waits at a gate: a step, or another gate, with its rank."""
+    """What waits at a gate: a step, or, where that is ``None``, another gate with its rank."""
 
     gate: int
     step: int | None

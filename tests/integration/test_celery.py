@@ -16,7 +16,7 @@ from celery import Celery
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import CommandError, call_command
 
-from firefly_jobs import Job, lifecycle
+from firefly_jobs import Job, group, lifecycle
 from firefly_jobs.attempts import Claim
 from firefly_jobs.contrib.celery import CeleryIntegrationJob, CeleryJob, install
 from firefly_jobs.contrib.celery import app as bridge
@@ -465,6 +465,23 @@ def test_a_message_that_comes_too_late_does_nothing():
     row.refresh_from_db()
 
     assert (row.status, effects()) == ("created", [])
+
+
+def test_a_step_whose_workflow_has_stopped_is_not_called():
+    run = group(tasks.write_effect.job.with_args("once", 1)).schedule()
+    claim = claim_one()
+    assert run.cancel()
+
+    execute(using="default", consumer=1, pk=claim.id, fence=claim.fence)
+    run.refresh_from_db()
+    row = TaskModel.objects.get(pk=claim.id)
+
+    assert (row.status, row.error, effects()) == (
+        "cancelled",
+        "cancelled: the workflow was cancelled",
+        [],
+    )
+    assert run.status == "cancelled"
 
 
 def test_no_more_are_in_flight_than_allowed(cluster):

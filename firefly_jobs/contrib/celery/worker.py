@@ -131,10 +131,12 @@ def held_claim(pk: int, fence: int, *, using: str) -> Claim | None:
     found = fencing.claims_of(rows)
     if not found:
         return None
+    (claim,) = found
     is_too_late = rows.filter(expires_at__lte=DatabaseNow()).exists()
-    return found[0]._replace(
+    is_step = claim.workflow is not None
+    return claim._replace(
         start_by=monotonic() if is_too_late else None,
-        withdrawn=dependencies.why_withdrawn(pk, using=using),
+        withdrawn=dependencies.why_withdrawn(pk, using=using) if is_step else "",
     )
 
 
