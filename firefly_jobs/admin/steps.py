@@ -67,7 +67,7 @@ class Group(NamedTuple):
 
 
 def counts_of(runs: Sequence[WorkflowModel], *, using: str) -> dict[int, Counter[str]]:
-    """Return how many steps of each workflow are in each state, in two queries on an index."""
+    """Return how many steps of each workflow are in each state, in two queries by an index."""
     tasks = TaskModel.objects.using(using)
     found: dict[int, Counter[str]] = {run.pk: Counter() for run in runs}
     if not runs:

@@ -55,7 +55,7 @@ class WorkflowChangeList(BoundedChangeList):
             rows = self.bounded(rows)
         # A step beyond those that are counted, found in the index.
         tasks = TaskModel.objects.using(rows.db).filter(workflow=OuterRef("pk"))
-        beyond = tasks.order_by("workflow", "status", "pk").values("pk")
+        beyond = tasks.order_by("workflow", "pk").values("pk")
         found: QuerySet[Any] = rows.annotate(
             database_now=DatabaseNow(), beyond=Subquery(beyond[COUNTED_MAX : COUNTED_MAX + 1])
         )
