@@ -20,7 +20,7 @@ from django.utils.translation import ngettext
 
 from firefly_jobs.databases.functions import DatabaseNow
 from firefly_jobs.exceptions import TaskAlreadyScheduled
-from firefly_jobs.models import TaskModel, WorkflowModel
+from firefly_jobs.models import TaskModel, WorkflowModel, WorkflowStep
 from firefly_jobs.runs import ignored_failures_of
 from firefly_jobs.states import WorkflowStatus
 
@@ -53,9 +53,10 @@ class WorkflowChangeList(BoundedChangeList):
         rows: QuerySet[Any] = super().get_queryset(request, *args, **kwargs)
         if self.query and task_id(self.query) is None:
             rows = self.bounded(rows)
-        # A step beyond those that are counted, found in the index.
-        tasks = TaskModel.objects.using(rows.db).filter(workflow=OuterRef("pk"))
-        beyond = tasks.order_by("workflow", "pk").values("pk")
+        # A step beyond those that are counted, in the order of an index: in that of its key
+        # PostgreSQL might read the whole table for it.
+        steps = WorkflowStep.objects.using(rows.db).filter(workflow=OuterRef("pk"))
+        beyond = steps.order_by("workflow", "name").values("pk")
         found: QuerySet[Any] = rows.annotate(
             database_now=DatabaseNow(), beyond=Subquery(beyond[COUNTED_MAX : COUNTED_MAX + 1])
         )

@@ -176,7 +176,7 @@ def test_list_reads_as_many_rows_as_its_bounds_say(viewer, monkeypatch):
     wide(2_000)
     for _ in range(3):
         two_steps()
-    analyze(TaskModel, WorkflowModel)
+    analyze(TaskModel, WorkflowModel, WorkflowStep)
     viewer.get(reverse(LIST))
 
     with CaptureQueriesContext(connection) as queries:
