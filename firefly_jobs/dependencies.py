@@ -333,10 +333,8 @@ class Walk:
         every step that is left counts at the end of the workflow itself.
         """
         self._cancel(ids, error)
-        gates = WorkflowGate.objects.using(self._using).filter(
-            workflow=self._workflow, waiting_for__gt=0
-        )
-        gates.update(is_cut_short=True)
+        gates = WorkflowGate.objects.using(self._using).filter(workflow=self._workflow)
+        gates.filter(waiting_for__gt=0).update(is_cut_short=True)
         end = gates.get(rank=END_RANK)
         steps = WorkflowStep.objects.using(self._using).filter(workflow=self._workflow)
         left = steps.exclude(task__status__in=_ENDED).exclude(edges__gate=end)

@@ -22,6 +22,7 @@ from . import databases, enqueue, events, following, tallies
 from .columns import revived_columns
 from .dependencies import Walk, finish_stopping, left_over
 from .exceptions import TaskAlreadyScheduled
+from .graphs import END_RANK, When
 from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import Status, WorkflowStatus
@@ -61,6 +62,7 @@ def _retry_failed(workflow: int, using: str) -> int:
         ]
         for start in range(0, len(again), _BATCH):
             _revive(again[start : start + _BATCH], workflow, using)
+        _hold_the_end(steps.exclude(task__status__in=_ENDED), workflow, using)
         _replace_last_calls(row, using)
         WorkflowModel.objects.using(using).filter(pk=workflow).update(
             status=WorkflowStatus.RUNNING, error="", is_cancelled=False, ended=None
@@ -115,6 +117,41 @@ def _revive(ids: Sequence[int], workflow: int, using: str) -> None:
             WorkflowStep.objects.using(using).filter(pk__in=ids).update(is_forgiven=None)
     except IntegrityError:
         raise _taken(reviving, workflow, using) from None
+
+
+def _hold_the_end(revived: QuerySet[WorkflowStep], workflow: int, using: str) -> None:
+    """Let those count at the end of the workflow behind whom nobody else who runs again does.
+
+    What nothing waits for tells the end, as all others end before it; but a clean-up that has
+    completed stays so, and what it had waited for runs again.
+    """
+    edges = WorkflowEdge.objects.using(using)
+    gates = WorkflowGate.objects.using(using).filter(workflow=workflow)
+    end = gates.get(rank=END_RANK)
+    before: defaultdict[int, list[int]] = defaultdict(list)
+    for source, gate in edges.filter(source__in=gates).values_list("source", "gate"):
+        before[gate].append(source)
+    # Gates that open late enough: one who runs again waits there, or the end does.
+    late = {end.pk, *revived.filter(gate__isnull=False).values_list("gate", flat=True)}
+    found = list(late)
+    while found:
+        further = [gate for gate in before[found.pop()] if gate not in late]
+        late.update(further)
+        found += further
+    ends_early = set(revived.values_list("pk", flat=True))
+    for step, gate in edges.filter(step__in=revived).values_list("step", "gate"):
+        if gate in late:
+            ends_early.discard(int(step))
+    ids = sorted(ends_early)
+    edges.bulk_create(
+        [WorkflowEdge(step_id=pk, gate=end, when=When.ENDED) for pk in ids], batch_size=_BATCH
+    )
+    # Their rows name the one gate behind them, and now there are two.
+    for start in range(0, len(ids), _BATCH):
+        rows = TaskModel.objects.using(using).filter(
+            pk__in=ids[start : start + _BATCH], status=Status.BLOCKED
+        )
+        rows.update(next_gate=None)
 
 
 def _taken(rows: QuerySet[TaskModel], workflow: int, using: str) -> TaskAlreadyScheduled:

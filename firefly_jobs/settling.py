@@ -112,15 +112,18 @@ class Settler:
                 self._settle_batch(batch, consumer)
             except BaseException as error:
                 self._put_back(batch)
-                if self._database.is_busy(error):
+                if self._database.is_busy(error) or not isinstance(error, Exception):
                     raise
-                if not self._database.is_conflict(error):
+                if not isinstance(error, Error) and self._unsettled:
+                    # The database is well.  Of whichever outcome that is, others are not.
+                    logger.exception("An outcome could not be stored")
+                elif not self._database.is_conflict(error):
                     # It may have been the batch that broke the connection, by its length.
                     self._limit = max(len(batch) // 2, 1)
                     self._failures += 1
                     raise
                 locks += 1
-                self._yield_to_lock(batch, locks)
+                self._let_others_pass(batch, locks, error)
             else:
                 self._failures = 0
                 self._limit = 1 if locks else BATCH_SIZE
@@ -133,24 +136,20 @@ class Settler:
             outcome for outcome in reversed(batch) if outcome.claim.key in self._unsettled
         )
 
-    def _yield_to_lock(self, batch: list[Outcome], locks: int) -> None:
-        """Find out whose row another session has locked, and let those behind it pass."""
+    def _let_others_pass(self, batch: list[Outcome], locks: int, error: Exception) -> None:
+        """Find out which outcome cannot be stored now, and let those behind it pass."""
         self._limit = 1
-        if locks > _LOCKS_MAX:
-            self._step_aside(len(self._outcomes))
-        elif len(batch) == 1:
-            self._step_aside(1)
-
-    def _step_aside(self, count: int) -> None:
-        """Let those behind the first ``count`` outcomes pass."""
+        if locks <= _LOCKS_MAX and len(batch) > 1:
+            return
         if not self._aside:
-            logger.warning(
-                "Outcomes wait because another session has locked their rows; they are tried "
-                "again in %.0fs",
-                self._aside_pause,
-            )
+            reason = "another session has locked their rows"
+            if not isinstance(error, Error):
+                reason = f"storing one raised {type(error).__name__}"
+            message = "Outcomes wait because %s; they are tried again in %.0fs"
+            logger.warning(message, reason, self._aside_pause)
             self._aside_until = monotonic() + self._aside_pause
             self._aside_pause = min(self._aside_pause * 2, _ASIDE_SECONDS_MAX)
+        count = 1 if locks <= _LOCKS_MAX else len(self._outcomes)
         self._aside += [self._outcomes.popleft() for _ in range(count)]
 
     def _next_batch(self) -> list[Outcome]:

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 from django.db import OperationalError, connection, connections
 
-from firefly_jobs import Consumer, columns, current_task, databases, fencing, lifecycle, settling
+from firefly_jobs import (
+    Consumer,
+    columns,
+    consequences,
+    current_task,
+    databases,
+    fencing,
+    lifecycle,
+    settling,
+)
 from firefly_jobs.attempts import Outcome
 from firefly_jobs.executors import calls
 from firefly_jobs.models import TaskAttempt, TaskModel
@@ -205,6 +214,33 @@ def test_a_failure_that_cannot_be_stored_keeps_none_of_its_neighbours(settler, t
     assert errors.pop(unstorable) == "IntegrityError while its outcome was stored"
     assert set(errors.values()) == {"ValueError"}
     assert len(errors) == 2
+
+
+def test_an_outcome_that_can_never_be_stored_lets_the_others_pass(
+    settler, told, monkeypatch, caplog
+):
+    rows = [tasks.nothing.schedule() for _ in range(3)]
+
+    def stumble(settlements, *, using):
+        if any(item.claim.id == rows[1].pk for item in settlements):
+            raise LookupError("a defect")
+        consequences.follow(settlements, using=using)
+
+    for item in claim():
+        settler.add(Outcome(claim=item, duration=0.1, error=ValueError()), is_urgent=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(lifecycle, "follow", stumble)
+        settler.flush(consumer=1)
+
+    assert told == [rows[0].pk, rows[2].pk]
+    assert "Outcomes wait because storing one raised LookupError" in caplog.text
+    assert "An outcome could not be stored" in caplog.text
+    assert "a defect" in caplog.text
+
+    settler.flush(consumer=1, is_last=True)
+
+    assert told == [rows[0].pk, rows[2].pk, rows[1].pk]
+    assert set(TaskModel.objects.values_list("status", flat=True)) == {"failed"}
 
 
 def test_claim_is_held_until_it_is_known_who_settled_it(settler, told, monkeypatch):

@@ -17,7 +17,8 @@ from tests.conformance.support import claim
 pytestmark = pytest.mark.django_db(transaction=True)
 
 STEPS_MAX = 60
-CONDITIONS = ("success", "success", "success", "failure", "always")
+RETRIES = 3
+CONDITIONS = [("success", "success", "success", "failure", "always"), ("always", "failure")]
 
 
 @dataclass
@@ -28,23 +29,29 @@ class Plan:
     priorities: list[int]
     ignored: set[int]
     failing: set[int]
+    # How likely somebody cancels it after the end of a step.
+    cancelling: float
 
 
 @st.composite
 def plans(draw):
-    count = draw(st.integers(1, STEPS_MAX))
+    # Small ones as well: what a single step decides is decided by many others in large ones.
+    count = draw(st.integers(1, draw(st.sampled_from((5, STEPS_MAX)))))
+    conditions = draw(st.sampled_from(CONDITIONS))
     levels = draw(st.sampled_from([(0,), (0,), (5, 0), (9, 2, -4)]))
     priorities = sorted(draw(st.lists(st.sampled_from(levels), min_size=count, max_size=count)))
     priorities.reverse()
     parents = []
     for n in range(count):
         before = draw(st.sets(st.integers(0, n - 1), max_size=4)) if n else set()
-        parents.append({p: draw(st.sampled_from(CONDITIONS)) for p in sorted(before)})
+        parents.append({p: draw(st.sampled_from(conditions)) for p in sorted(before)})
     if draw(st.booleans()) and count > 2:
         # One that waits for very many has a tree of counters.
         parents[-1] = dict.fromkeys(range(count - 1), "success")
     numbers = st.sets(st.integers(0, count - 1), max_size=1 + count // 6)
-    return Plan(parents, priorities, draw(numbers), draw(numbers))
+    return Plan(
+        parents, priorities, draw(numbers), draw(numbers), draw(st.sampled_from((0, 0, 0.05)))
+    )
 
 
 @dataclass
@@ -54,6 +61,7 @@ class Oracle:
     plan: Plan
     states: list[str] = field(init=False)
     error: int | None = None
+    is_cancelled: bool = False
 
     def __post_init__(self):
         self.states = ["blocked"] * len(self.plan.parents)
@@ -98,10 +106,29 @@ class Oracle:
                     self.states[m] = "cancelled"
         self._settle()
 
+    def cancel(self):
+        self.is_cancelled = True
+        self.states = ["cancelled" if s in {"created", "blocked"} else s for s in self.states]
+
+    def retry(self):
+        """Let all start over that failed or was cancelled; return how many."""
+        again = [
+            n
+            for n, state in enumerate(self.states)
+            if state == "cancelled" or (state == "failed" and n not in self.plan.ignored)
+        ]
+        self.error, self.is_cancelled = None, False
+        for n in again:
+            self.states[n] = "blocked"
+        self._settle()
+        return len(again)
+
     @property
     def status(self):
         if not all(map(self._has_ended, range(len(self.states)))):
             return "running"
+        if self.is_cancelled:
+            return "cancelled"
         return "completed" if self.error is None else "failed"
 
 
@@ -129,7 +156,7 @@ def settled(held, status):
         lifecycle.settle(decide(outcome, max_rescues=3), using="default", consumer=1)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=plans(), pick=st.randoms(use_true_random=False))
 def test_every_step_is_at_every_moment_where_plain_python_says(plan, pick):
     TaskModel.objects.all().delete()
@@ -150,21 +177,35 @@ def test_every_step_is_at_every_moment_where_plain_python_says(plan, pick):
         run.refresh_from_db()
         assert run.status == oracle.status
 
-    compare()
-    while True:
-        for item in claim(limit=pick.randint(1, 8)):
-            oracle.states[places[item.id]] = "running"
-            held.append(item)
+    def end_all():
+        """Claim and end in any order, and cancel in between where that was drawn."""
         compare()
-        if not held:
-            break
-        item = held.pop(pick.randrange(len(held)))
-        n = places[item.id]
-        status = "failed" if n in plan.failing else "completed"
-        settled(item, status)
-        oracle.end(n, status)
-        compare()
+        while True:
+            for item in claim(limit=pick.randint(1, 8)):
+                oracle.states[places[item.id]] = "running"
+                held.append(item)
+            compare()
+            if not held:
+                break
+            item = held.pop(pick.randrange(len(held)))
+            n = places[item.id]
+            status = "failed" if n in plan.failing else "completed"
+            settled(item, status)
+            oracle.end(n, status)
+            compare()
+            if oracle.status == "running" and pick.random() < plan.cancelling:
+                assert run.cancel()
+                oracle.cancel()
+                compare()
 
+    end_all()
     assert run.status == oracle.status != "running"
     if oracle.error is not None:
         assert run.error.startswith(f"step 'step-{oracle.error}' failed")
+
+    for _ in range(RETRIES):
+        plan.failing = {n for n in plan.failing if pick.random() < 0.5}
+        if run.status == "completed":
+            break
+        assert run.retry_failed() == oracle.retry()
+        end_all()

@@ -713,6 +713,37 @@ def test_each_end_has_a_call_though_that_for_the_former_one_has_not_ended(is_cla
     assert former.status == "completed"
 
 
+def test_what_runs_again_keeps_the_end_waiting_though_a_cleanup_behind_it_has_completed():
+    broken = [True] * 3
+
+    def body():
+        ran.append("a")
+        if broken and broken.pop():
+            raise ValueError("not yet")
+
+    tasks.BODIES["a"] = body
+    wf = Workflow("tidy", on_success=call("good"), on_failure=call("bad"))
+    a = wf.add(tasks.call.job.with_args("a").with_name("a"))
+    b = wf.add(call("b"), depends_on=a)
+    wf.add(call("tidy"), depends_on=[a, b], when="always")
+    run = wf.schedule()
+    run_burst()
+    assert (ran, ended(run)[0]) == (["a", "tidy", "bad"], "failed")
+
+    for _ in range(2):
+        ran.clear()
+        assert run.retry_failed() == 4
+        assert ended(run) == ("running", "")
+        run_burst()
+        assert (ran, ended(run)[0]) == (["a", "bad"], "failed")
+        assert states(run) == {"a": "failed", "b": "cancelled", "tidy": "completed"}
+
+    ran.clear()
+    run.retry_failed()
+    run_burst()
+    assert (ran, ended(run)[0]) == (["a", "b", "good"], "completed")
+
+
 def test_a_call_that_the_former_end_did_not_need_waits_for_the_next_one():
     wf = Workflow("ends", on_success=call("good").with_queue("late"))
     wf.add(failing("a"))
