@@ -47,11 +47,11 @@ _AT_LIMIT = "it waits for a limit"
 def admit(claims: Sequence[Claim], *, using: str) -> list[Claim]:
     """Return those of ``claims`` that may start; the rest goes into its lines.
 
-    What has no limits may start, and so may what is too late to: it takes no place and no
-    token, and is cancelled in a moment.
+    What has no limits may start, and so may what is too late to, or whose workflow stops: it
+    takes no place and no token, and is cancelled in a moment.
     """
     now = monotonic()
-    limited = {item.id for item in claims if item.is_limited and not _is_late(item, now)}
+    limited = {item.id for item in claims if item.is_limited and _is_wanted(item, now)}
     if not limited:
         return list(claims)
     rows = _limits_of(claims, limited, using)
@@ -73,8 +73,8 @@ def _admit(rows: Sequence[Limited], lines: Lines, using: str) -> set[int]:
         return _Admission(rows, lines, using).run()
 
 
-def _is_late(claim: Claim, now: float) -> bool:
-    return claim.start_by is not None and now >= claim.start_by
+def _is_wanted(claim: Claim, now: float) -> bool:
+    return not claim.withdrawn and (claim.start_by is None or now < claim.start_by)
 
 
 def _limits(row: Limited) -> list[str]:

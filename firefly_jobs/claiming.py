@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 from django.db import connections
 
-from . import admission, databases, lifecycle
+from . import admission, databases, dependencies, lifecycle
 from .attempts import Claim
 from .consumer_options import ALL_QUEUES, check_word
 from .databases import ALL_BANDS
@@ -90,6 +90,10 @@ class Claimer:
                 return [*admitted, *claims]
             self._limited_until = monotonic() + LIMITED_SECONDS
             passed = admission.admit(claims, using=self._using)
+            if len(passed) < len(claims):
+                # Those wait again, and their workflows may have stopped since the claim.
+                refused = set(claims).difference(passed)
+                dependencies.finish_later((one.workflow for one in refused), using=self._using)
             admitted += passed
             if len(passed) == len(claims) or len(admitted) >= limit:
                 break

@@ -20,27 +20,27 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from django.db import Error, connections, transaction
-from django.db.models import F, Q, QuerySet, Value
+from django.db.models import F, Value
 from django.db.models.functions import Concat
 
 from . import admission, databases, events, following, messenger, tallies
 from .columns import withdrawn_columns
 from .databases import ANY_QUEUE, Counted
-from .databases.functions import DatabaseNow
+from .databases.functions import DatabaseNow, Isolation
 from .event_models import EventKind
 from .graphs import END_RANK, When
 from .history import note_withdrawn
+from .leftovers import WAITING, left_over, why_stopped
 from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import WORKFLOW_CANCELLED, Status, WorkflowStatus
 from .wakeup import announce, announce_ended
-from .workflow_models import IS_IGNORED
+from .workflow_models import ENDS_AS, IS_IGNORED
 
 logger = logging.getLogger("firefly_jobs")
 
 SKIPPED = "skipped: a step before it did not end as this one asks"
 _BATCH = 1_000
-_WAITING = [Status.CREATED, Status.BLOCKED]
 _ENDED = [status for status in Status if status.is_terminal]
 
 
@@ -241,7 +241,7 @@ class Walk:
         """Cancel those of some steps that have not started; they count as ended."""
         for start in range(0, len(ids), _BATCH):
             found = self._lock_not_started(ids[start : start + _BATCH])
-            rows = TaskModel.objects.using(self._using).filter(status__in=_WAITING)
+            rows = TaskModel.objects.using(self._using).filter(status__in=WAITING)
             cancelled = [pk for pk, _, _ in found]
             if any(fence for _, _, fence in found):
                 note_withdrawn(rows.filter(pk__in=cancelled), error, using=self._using)
@@ -258,7 +258,7 @@ class Walk:
 
     def _lock_not_started(self, ids: Sequence[int]) -> list[tuple[int, str | None, int]]:
         """Lock those of some steps that have not started; return their ids, lines and fences."""
-        rows = TaskModel.objects.using(self._using).filter(pk__in=ids, status__in=_WAITING)
+        rows = TaskModel.objects.using(self._using).filter(pk__in=ids, status__in=WAITING)
         # Whoever has locked a row at this moment claims it, or even ends it and waits for one of
         # our gates: it has started.
         locked = rows.order_by("pk").select_for_update(skip_locked=self._database.can_skip_locked)
@@ -291,11 +291,13 @@ class Walk:
 
     def cancel(self) -> bool:
         """Cancel all steps that have not started; return whether the workflow had not ended."""
-        if not self.lock_gates():
-            return False
-        workflows = WorkflowModel.objects.using(self._using)
-        running = workflows.filter(pk=self._workflow, status=WorkflowStatus.RUNNING)
-        if not running.update(is_cancelled=True):
+        workflows = WorkflowModel.objects.using(self._using).filter(pk=self._workflow)
+        running = workflows.filter(status=WorkflowStatus.RUNNING)
+        if workflows.values_list(Isolation(), flat=True).first() != "read-committed":
+            # Steps and gates would be looked at as they were when this transaction began.
+            finish_later([self._workflow], using=self._using)
+            return running.update(is_cancelled=True) > 0
+        if not self.lock_gates() or not running.update(is_cancelled=True):
             return False
         self._cut_all_short(self._not_started(), f"cancelled: {WORKFLOW_CANCELLED}")
         self._walk()
@@ -308,7 +310,7 @@ class Walk:
         left = list(left_over(using=self._using).filter(pk__in=ids).values_list("pk", flat=True))
         if left:
             workflow = WorkflowModel.objects.using(self._using).get(pk=self._workflow)
-            self._cut_short(left, f"cancelled: {_reason(workflow)}")
+            self._cut_short(left, f"cancelled: {why_stopped(workflow)}")
             self._walk()
 
     def cancel_steps(self, ids: Sequence[int], error: str) -> int:
@@ -355,21 +357,17 @@ class Walk:
 
     def _not_started(self, **conditions: Any) -> list[int]:
         steps = WorkflowStep.objects.using(self._using).filter(
-            workflow=self._workflow, task__status__in=_WAITING, **conditions
+            workflow=self._workflow, task__status__in=WAITING, **conditions
         )
         return list(steps.order_by("pk").values_list("pk", flat=True))
 
     def _end(self) -> None:
         """Write that the workflow has ended, and let its last call go."""
         rows = WorkflowModel.objects.using(self._using).filter(pk=self._workflow)
+        # By the row as it is once it is ours: who cancels it may have locked no gate.
+        rows.update(status=ENDS_AS, ended=DatabaseNow())
         workflow = rows.get()
-        if workflow.is_cancelled:
-            status = WorkflowStatus.CANCELLED
-        elif workflow.error:
-            status = WorkflowStatus.FAILED
-        else:
-            status = WorkflowStatus.COMPLETED
-        rows.update(status=status, ended=DatabaseNow())
+        status = WorkflowStatus(workflow.status)
         messenger.workflow_ended(workflow, status, using=self._using)
         tallies.count_workflow(workflow, status, using=self._using)
         if (pk := workflow.on_success) is not None:
@@ -387,15 +385,19 @@ class Walk:
 
 
 def _write_cancelled(ids: Sequence[int], error: str, using: str) -> int:
-    rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=_WAITING)
+    rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=WAITING)
     return rows.update(**withdrawn_columns(error))
 
 
 def _follow_after(ends: Sequence[End], *, using: str) -> None:
     """Do what follows from ends that are committed already, unless a sweep has."""
-    with databases.of(using).own_transaction(connections[using]):
-        ours = following.take([end.id for end in ends], using=using)
-        follow([end for end in ends if end.id in ours], using=using)
+
+    def work() -> None:
+        with databases.of(using).own_transaction(connections[using]):
+            ours = following.take([end.id for end in ends], using=using)
+            follow([end for end in ends if end.id in ours], using=using)
+
+    tried_again(work, using=using)
 
 
 # --- what is left over of a workflow that stops
@@ -412,46 +414,31 @@ def finish_later(workflows: Iterable[int | None], *, using: str) -> None:
         transaction.on_commit(partial(finish_stopping, workflow, using=using), using)
 
 
-def left_over(*, using: str) -> QuerySet[WorkflowStep]:
-    """Return steps that wait although their workflow stops, but for those that wait for that."""
-    return _withdrawn(using).filter(task__status__in=_WAITING)
-
-
-def why_withdrawn(step: int, *, using: str) -> str:
-    """Return why a step is not to start, as what claims a row tells; mostly empty."""
-    found = _withdrawn(using).filter(pk=step).select_related("workflow").first()
-    return "" if found is None else _reason(found.workflow)
-
-
-def _withdrawn(using: str) -> QuerySet[WorkflowStep]:
-    running = WorkflowStep.objects.using(using).filter(workflow__status=WorkflowStatus.RUNNING)
-    return running.filter(
-        Q(workflow__is_cancelled=True) | (~Q(workflow__error="") & Q(is_cleanup=False))
-    )
-
-
-def _reason(workflow: WorkflowModel) -> str:
-    return WORKFLOW_CANCELLED if workflow.is_cancelled else workflow.error
-
-
-def finish_stopping(workflow: int, *, using: str) -> None:
+def finish_stopping(workflow: int, *, using: str, waits: bool = True) -> None:
     """Cancel what still waits in a workflow that stops.
 
     That was locked when its workflow stopped, or has been let go since.  Should it stay locked,
     a sweep comes again, and who claims it is told.
+
+    Args:
+        workflow: Its id.
+        using: Database alias.
+        waits: Whether to wait for a step that another session has locked.
     """
+    database = databases.of(using)
 
     def work() -> None:
         late = list(left_over(using=using).filter(workflow=workflow).values_list("pk", flat=True))
         if not late:
             return
-        with databases.of(using).own_transaction(connections[using]):
+        with database.own_transaction(connections[using]):
             # InnoDB would go by the index of statuses, and meet who claims some of them there.
             rows = TaskModel.objects.using(using).alias(state=Concat("status", Value("")))
-            rows = rows.filter(pk__in=late, state__in=_WAITING)
+            rows = rows.filter(pk__in=late, state__in=WAITING)
             # Before the gates, as by who adds a step; that is whom they are mostly locked by.
-            locked = list(rows.order_by("pk").select_for_update().values_list("pk", flat=True))
-            Walk(workflow, using).cancel_rest(locked)
+            skips = database.can_skip_locked and not waits
+            locked = rows.order_by("pk").select_for_update(skip_locked=skips)
+            Walk(workflow, using).cancel_rest(list(locked.values_list("pk", flat=True)))
 
     try:
         tried_again(work, using=using)

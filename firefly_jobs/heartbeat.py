@@ -20,7 +20,9 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from . import admission, events, fencing, leases, messenger, rebuilding, tallies
+from django.db import Error
+
+from . import admission, databases, events, fencing, leases, messenger, rebuilding, tallies
 from .attempts import Claim, Ended, Settlement
 from .membership import KeptConnection
 from .models import ConsumerModel
@@ -128,10 +130,21 @@ class Heartbeat(threading.Thread):
     def _sweep(self) -> None:
         if monotonic() >= self._next_sweep_at:
             self._next_sweep_at = monotonic() + self._lease_seconds * SWEEP_LEASES
-            self._swept = admission.sweep(self._swept, using=self._using)
-            rebuilding.sweep(using=self._using)
-            events.sweep(using=self._using)
-            tallies.sweep(using=self._using)
+            for sweep in (self._sweep_lines, self._sweep_workflows, events.sweep, tallies.sweep):
+                try:
+                    sweep(using=self._using)
+                except Error as error:
+                    # What one finds locked keeps none from looking; there is a next time.
+                    if not databases.of(self._using).is_conflict(error):
+                        raise
+                    logger.info("A sweep met a lock of another session: %s", error)
+
+    def _sweep_lines(self, *, using: str) -> None:
+        self._swept = admission.sweep(self._swept, using=using)
+
+    def _sweep_workflows(self, *, using: str) -> None:
+        # Each may wait for a lock, and the next heartbeat for all of them.
+        rebuilding.sweep(using=using, seconds=self._interval_seconds / 4)
 
     def _rescue_the_dead(self, consumer: int) -> None:
         looks = {}

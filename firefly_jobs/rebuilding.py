@@ -10,19 +10,22 @@ commit and what was to follow it), :func:`sweep` finds the workflow that stands 
 from __future__ import annotations
 
 import logging
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
+from time import monotonic
 from typing import Any
 
-from django.db import IntegrityError, connections, transaction
+from django.db import Error, IntegrityError, connections, transaction
 from django.db.models import Exists, F, OuterRef, QuerySet
 
 from . import databases, enqueue, events, following, tallies
 from .columns import revived_columns
-from .dependencies import Walk, finish_stopping, left_over
+from .dependencies import Walk, finish_stopping
 from .exceptions import TaskAlreadyScheduled
 from .graphs import END_RANK, When
+from .leftovers import left_over
 from .lines import tried_again
 from .models import TaskModel, WorkflowEdge, WorkflowGate, WorkflowModel, WorkflowStep
 from .states import Status, WorkflowStatus
@@ -32,7 +35,7 @@ from .workflow_models import IS_IGNORED
 logger = logging.getLogger("firefly_jobs")
 
 # Workflows that one sweep looks at.
-SWEEP_MAX = 100
+SWEEP_MAX = 1_000
 _BATCH = 1_000
 _ENDED = [status for status in Status if status.is_terminal]
 
@@ -72,28 +75,56 @@ def _retry_failed(workflow: int, using: str) -> int:
         return len(again)
 
 
-def sweep(*, using: str) -> int:
-    """Let workflows go on that stand still, and finish those that stop; return how many stood."""
+def sweep(*, using: str, seconds: float | None = None) -> int:
+    """Let workflows go on that stand still, and finish those that stop; return how many stood.
+
+    Args:
+        using: Database alias.
+        seconds: Begin with none after that; there is a next sweep, in another order.
+    """
+    ends_at = float("inf") if seconds is None else monotonic() + seconds
     stopping = left_over(using=using).order_by("workflow").values_list("workflow", flat=True)
-    for workflow in list(stopping.distinct()[:SWEEP_MAX]):
-        finish_stopping(workflow, using=using)
+    for workflow in _some(stopping.distinct()):
+        if monotonic() >= ends_at:
+            return 0
+        finish_stopping(workflow, using=using, waits=False)
     tasks = TaskModel.objects.using(using).filter(workflow=OuterRef("pk"))
     moving = tasks.filter(status__in=[Status.CREATED, Status.RUNNING])
     in_line = tasks.filter(status=Status.BLOCKED, limit_key__isnull=False)
     running = WorkflowModel.objects.using(using).filter(status=WorkflowStatus.RUNNING)
     still = running.filter(~Exists(moving), ~Exists(in_line)).order_by("pk")
     count = 0
-    for workflow in list(still.values_list("pk", flat=True)[:SWEEP_MAX]):
-        with databases.of(using).own_transaction(connections[using]):
-            walk = _Rebuilding(workflow, using)
-            # In this order, as who cuts a workflow short writes so into its row.
-            walk.lock_gates()
-            list(_locked(workflow, using).values_list("pk"))
-            if still.filter(pk=workflow).exists():
-                walk.rebuild()
-                count += 1
-                logger.warning("Workflow %s stood still, and was let go on", workflow)
+    for workflow in _some(still.values_list("pk", flat=True)):
+        if monotonic() >= ends_at:
+            break
+        try:
+            count += _let_go_on(workflow, still, using)
+        except Error as error:
+            if not databases.of(using).is_conflict(error):
+                raise
+            logger.info("Workflow %s stands still, and is locked by another session", workflow)
     return count
+
+
+def _some(workflows: QuerySet[Any, int]) -> list[int]:
+    """Return as many as one sweep looks at, so that no locked one is always before others."""
+    found = list(workflows[:SWEEP_MAX])
+    random.shuffle(found)
+    return found
+
+
+def _let_go_on(workflow: int, still: QuerySet[WorkflowModel], using: str) -> bool:
+    """Let a workflow go on if it is still among those that stand still; return whether it was."""
+    with databases.of(using).own_transaction(connections[using]):
+        walk = _Rebuilding(workflow, using)
+        # In this order, as who cuts a workflow short writes so into its row.
+        walk.lock_gates()
+        list(_locked(workflow, using).values_list("pk"))
+        if not still.filter(pk=workflow).exists():
+            return False
+        walk.rebuild()
+    logger.warning("Workflow %s stood still, and was let go on", workflow)
+    return True
 
 
 def _locked(workflow: int, using: str) -> QuerySet[WorkflowModel]:

@@ -6,7 +6,7 @@ The verbs of ``WorkflowModel`` with the same names hand over to these functions.
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -211,10 +211,12 @@ def _or(value: int | None, default: int) -> int:
 
 
 def _resolved(run: WorkflowModel, depends_on: Any) -> list[WorkflowStep]:
-    if isinstance(depends_on, str | TaskModel):
+    if depends_on is None:
+        return []
+    if isinstance(depends_on, str | TaskModel) or not isinstance(depends_on, Iterable):
         depends_on = [depends_on]
     found = []
-    for parent in depends_on or ():
+    for parent in depends_on:
         steps = _steps_of(run)
         key = {"pk": parent.pk} if isinstance(parent, TaskModel) else {"name": parent}
         step = steps.filter(**key).first()

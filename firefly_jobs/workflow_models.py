@@ -231,6 +231,13 @@ class WorkflowStep(models.Model):
 
 IS_IGNORED = Coalesce("is_forgiven", "ignore_result")
 
+# What a workflow is once all its steps have ended.
+ENDS_AS = models.Case(
+    models.When(is_cancelled=True, then=models.Value(WorkflowStatus.CANCELLED)),
+    models.When(error="", then=models.Value(WorkflowStatus.COMPLETED)),
+    default=models.Value(WorkflowStatus.FAILED),
+)
+
 
 def keep_what_was_not_met(collector: Any, field: Any, sub_objs: Any, using: str) -> None:
     """Delete the edges of steps that are deleted, but of those that did not end as was asked.

@@ -442,9 +442,11 @@ def _as_job(item: Any) -> Job:
 
 
 def _as_tuple(parents: Any) -> tuple[Any, ...]:
-    if isinstance(parents, str | Step | Part | After | Job):
-        return (parents,)
-    return () if parents is None else tuple(parents)
+    if parents is None:
+        return ()
+    is_one = isinstance(parents, str | Step | Part | After | Job)
+    # What is no parent at all is found with the others.
+    return (parents,) if is_one or not isinstance(parents, Iterable) else tuple(parents)
 
 
 def _level(priority: Any) -> int:

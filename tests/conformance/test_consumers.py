@@ -6,10 +6,11 @@ import time
 from unittest import mock
 
 import pytest
-from django.db import connection
+from django.db import connection, transaction
 from django.utils import timezone
 
-from firefly_jobs import Consumer, current_task, leases
+from firefly_jobs import Consumer, admission, current_task, leases, tallies
+from firefly_jobs.heartbeat import Heartbeat
 from firefly_jobs.models import ConsumerModel, TaskAttempt, TaskModel
 from tests.conformance import tasks
 from tests.conformance.support import (
@@ -18,10 +19,12 @@ from tests.conformance.support import (
     claim_one,
     consuming,
     dead_consumer,
+    deadlock,
     effects,
     outcomes,
     outside,
     plant,
+    prepare_deadlock,
     query,
     run_burst,
     schedule,
@@ -677,3 +680,22 @@ def test_a_consumer_whose_executor_breaks_stops_with_an_error(monkeypatch, kind)
     schedule(call if kind == "sync" else acall)
 
     assert Consumer(shutdown_timeout=0.1).run() == 1
+
+
+@pytest.mark.server
+def test_a_sweep_that_meets_a_lock_keeps_no_other_from_looking(monkeypatch):
+    mine, theirs = prepare_deadlock()
+    swept = []
+
+    def meet_others(after, *, using):
+        with transaction.atomic():
+            deadlock(mine, theirs)
+
+    monkeypatch.setattr(admission, "sweep", meet_others)
+    monkeypatch.setattr(tallies, "sweep", lambda *, using: swept.append(using))
+    beating = Heartbeat(using="default", lease_seconds=0.5, on_rescued=swept.append)
+    beating._next_sweep_at = 0.0
+
+    beating._sweep()
+
+    assert swept == ["default"]

@@ -5,7 +5,7 @@ import sys
 import threading
 from datetime import timedelta
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -46,6 +46,8 @@ from tests.conformance.support import (
     captured_statements,
     claim,
     consuming,
+    deadlock,
+    prepare_deadlock,
     query,
     repeatable_reads,
     rows_read,
@@ -660,6 +662,14 @@ def test_what_failed_is_run_again_and_what_completed_stays():
     assert run.retry_failed() == 0
 
 
+def test_what_is_no_parent_at_all_is_named():
+    wf, nothing = Workflow("w"), cast("Any", 3)
+    wf.add(call("a"), depends_on=nothing)
+
+    with pytest.raises(WorkflowError, match="Step 'a' depends on 3, which is no step of workflow"):
+        wf.schedule()
+
+
 def test_a_failed_step_is_not_revived_by_itself(caplog):
     wf = Workflow("step")
     wf.add(failing("a"))
@@ -845,6 +855,8 @@ def test_steps_are_added_while_it_runs():
         run.add(call("too late"))
     with pytest.raises(WorkflowError, match="no step of workflow"):
         run.add(call("x"), depends_on=["nobody"])
+    with pytest.raises(WorkflowError, match="True is no step of workflow"):
+        run.add(call("d"), depends_on=True)
 
 
 def test_an_added_step_gets_results_as_a_planned_one_does():
@@ -1427,13 +1439,115 @@ def test_what_a_limit_refuses_does_not_wait_in_a_workflow_that_has_stopped():
 
     with mock.patch.object(admission, "admit", cancel_and_admit):
         (held,) = claiming.claim(10, consumer=1)
-    assert sorted(states(run).values()) == ["blocked", "running"]
+    assert sorted(states(run).values()) == ["cancelled", "running"]
     complete(held)
     run_burst()
 
     assert sorted(states(run).values()) == ["cancelled", "completed"]
     assert ran == []
     assert ended(run)[0] == "cancelled"
+
+
+def test_what_is_withdrawn_takes_no_place_of_a_limit():
+    run = group(call("a").with_options(concurrency=1)).schedule()
+    echo.job.with_args("other").with_options(concurrency=1).with_queue("other").schedule()
+    WorkflowModel.objects.filter(pk=run.pk).update(is_cancelled=True)
+    claiming = Claimer(["default"], using="default")
+
+    (held,) = claiming.claim(10, consumer=1)
+
+    assert held.withdrawn
+    assert TaskModel.objects.get(pk=held.id).limit_key is None
+
+
+@pytest.mark.server
+def test_a_sweep_waits_for_no_step_that_another_session_has_locked(caplog):
+    runs = [group(call("a"), call("b")).schedule() for _ in range(2)]
+    with mock.patch.object(Walk, "_lock_not_started", return_value=[]):
+        for run in runs:
+            run.cancel()
+    step_of = TaskModel.objects.filter(workflow=runs[0].pk)
+
+    with transaction.atomic():
+        list(step_of.select_for_update())
+        assert Concurrent(lambda: rebuilding.sweep(using="default")).result(timeout_seconds=10) == 0
+
+    assert set(states(runs[0]).values()) == {"created"}
+    assert ended(runs[1])[0] == "cancelled"
+    assert caplog.text == ""
+    rebuilding.sweep(using="default")
+    assert ended(runs[0])[0] == "cancelled"
+
+
+def test_a_sweep_begins_with_nothing_once_its_time_is_up():
+    with mock.patch.object(Walk, "_lock_not_started", return_value=[]):
+        run = group(call("a")).schedule()
+        run.cancel()
+
+    rebuilding.sweep(using="default", seconds=0)
+
+    assert states(run) == {"a": "created"}
+
+
+@pytest.mark.server
+def test_a_sweep_passes_over_a_workflow_that_another_session_has_locked(monkeypatch):
+    runs = [group(call("a")).schedule() for _ in range(2)]
+    TaskModel.objects.update(status="completed")
+    monkeypatch.setattr("random.shuffle", lambda _: None)
+
+    def sweep():
+        databases.of("default").prepare_dispatcher(connection, 1)
+        return rebuilding.sweep(using="default")
+
+    with transaction.atomic():
+        list(WorkflowModel.objects.select_for_update().filter(pk=runs[0].pk))
+        assert Concurrent(sweep).result(timeout_seconds=20) == 1
+
+    assert [ended(run)[0] for run in runs] == ["running", "completed"]
+
+
+@pytest.mark.server
+def test_with_repeatable_reads_a_workflow_is_cancelled_though_steps_have_ended_meanwhile():
+    wf = Workflow("old news")
+    a, b = wf.add(call("a")), wf.add(call("b"))
+    wf.add(call("c"), depends_on=[a, b])
+    run = wf.schedule()
+    first, second = claim()
+
+    with repeatable_reads():
+        with transaction.atomic():
+            assert states(run) == {"a": "running", "b": "running", "c": "blocked"}
+            Concurrent(lambda: complete(first)).result(timeout_seconds=20)
+            assert states(run)["a"] == "running"
+            assert run.cancel()
+        assert states(run) == {"a": "completed", "b": "running", "c": "cancelled"}
+        complete(second)
+
+    assert ended(run)[0] == "cancelled"
+
+
+@pytest.mark.server
+def test_with_repeatable_reads_what_follows_is_tried_again_after_a_deadlock():
+    run = chain(call("a"), call("b")).schedule()
+    (held,) = claim()
+    mine, theirs = prepare_deadlock()
+    walk, tries = Walk.follow, []
+
+    def meet_others(self, ends):
+        tries.append(connection.in_atomic_block)
+        if len(tries) == 2:
+            deadlock(mine, theirs)
+        walk(self, ends)
+
+    with repeatable_reads(), mock.patch.object(Walk, "follow", meet_others), transaction.atomic():
+        lifecycle.settle(
+            decide(Outcome(claim=held, duration=0.0, returned=""), max_rescues=3),
+            using="default",
+            consumer=1,
+        )
+
+    assert len(tries) == 3
+    assert states(run) == {"a": "completed", "b": "created"}
 
 
 @pytest.mark.parametrize("how", ["cancel", "failure"])

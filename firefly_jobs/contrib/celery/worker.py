@@ -15,7 +15,7 @@ import threading
 from functools import lru_cache
 from time import monotonic
 
-from firefly_jobs import dependencies, fencing, registry
+from firefly_jobs import fencing, leftovers, registry
 from firefly_jobs.attempts import Claim, Outcome, Settlement
 from firefly_jobs.autodiscovery import import_tasks
 from firefly_jobs.databases import Completion
@@ -136,7 +136,7 @@ def held_claim(pk: int, fence: int, *, using: str) -> Claim | None:
     is_step = claim.workflow is not None
     return claim._replace(
         start_by=monotonic() if is_too_late else None,
-        withdrawn=dependencies.why_withdrawn(pk, using=using) if is_step else "",
+        withdrawn=leftovers.why_withdrawn(pk, using=using) if is_step else "",
     )
 
 
