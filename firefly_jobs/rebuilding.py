@@ -84,33 +84,27 @@ def sweep(*, using: str, seconds: float | None = None) -> int:
     """
     ends_at = float("inf") if seconds is None else monotonic() + seconds
     stopping = left_over(using=using).order_by("workflow").values_list("workflow", flat=True)
-    for workflow in _some(stopping.distinct()):
-        if monotonic() >= ends_at:
-            return 0
-        finish_stopping(workflow, using=using, waits=False)
+    ends = set(stopping.distinct()[:SWEEP_MAX])
     tasks = TaskModel.objects.using(using).filter(workflow=OuterRef("pk"))
     moving = tasks.filter(status__in=[Status.CREATED, Status.RUNNING])
     in_line = tasks.filter(status=Status.BLOCKED, limit_key__isnull=False)
     running = WorkflowModel.objects.using(using).filter(status=WorkflowStatus.RUNNING)
     still = running.filter(~Exists(moving), ~Exists(in_line)).order_by("pk")
+    stand = set(still.values_list("pk", flat=True)[:SWEEP_MAX])
     count = 0
-    for workflow in _some(still.values_list("pk", flat=True)):
+    # So that no locked one is always before the others.
+    for workflow in random.sample(sorted(ends | stand), len(ends | stand)):
         if monotonic() >= ends_at:
             break
+        if workflow in ends:
+            finish_stopping(workflow, using=using, waits=False)
         try:
-            count += _let_go_on(workflow, still, using)
+            count += workflow in stand and _let_go_on(workflow, still, using)
         except Error as error:
             if not databases.of(using).is_conflict(error):
                 raise
             logger.info("Workflow %s stands still, and is locked by another session", workflow)
     return count
-
-
-def _some(workflows: QuerySet[Any, int]) -> list[int]:
-    """Return as many as one sweep looks at, so that no locked one is always before others."""
-    found = list(workflows[:SWEEP_MAX])
-    random.shuffle(found)
-    return found
 
 
 def _let_go_on(workflow: int, still: QuerySet[WorkflowModel], using: str) -> bool:

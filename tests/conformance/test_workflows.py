@@ -1493,7 +1493,7 @@ def test_a_sweep_begins_with_nothing_once_its_time_is_up():
 def test_a_sweep_passes_over_a_workflow_that_another_session_has_locked(monkeypatch):
     runs = [group(call("a")).schedule() for _ in range(2)]
     TaskModel.objects.update(status="completed")
-    monkeypatch.setattr("random.shuffle", lambda _: None)
+    monkeypatch.setattr("random.sample", lambda found, _: found)
 
     def sweep():
         databases.of("default").prepare_dispatcher(connection, 1)
