@@ -18,7 +18,7 @@ from datetime import datetime
 from time import monotonic
 from typing import Any, NamedTuple
 
-from django.db import connections
+from django.db import Error, connections
 from django.db.models import Exists, OuterRef, QuerySet, Value
 from django.db.models.functions import Concat
 
@@ -221,7 +221,14 @@ def sweep(after: str, *, using: str) -> str:
     names = blocked.order_by("limit_key").values_list("limit_key", flat=True).distinct()
     found = [str(name) for name in names[:SWEEP_MAX]]
     for name in found:
-        if freed := free([name], using=using):
+        try:
+            freed = free([name], using=using)
+        except Error as error:
+            if not databases.of(using).is_conflict(error):
+                raise
+            # One lock is enough to wait for.
+            return name
+        if freed:
             logger.warning("Let %s tasks go that a limit held back although there was room", freed)
     _prune(using)
     return found[-1] if len(found) == SWEEP_MAX else ""

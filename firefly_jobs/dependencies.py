@@ -303,9 +303,9 @@ class Walk:
         self._walk()
         return True
 
-    def cancel_rest(self, ids: Sequence[int]) -> None:
+    def cancel_rest(self, ids: Sequence[int], *, waits: bool) -> None:
         """Cancel steps that wait, and whose rows are locked, if the workflow still stops."""
-        if not ids or not self.lock_gates():
+        if not ids or not self.lock_gates(waits=waits):
             return
         left = list(left_over(using=self._using).filter(pk__in=ids).values_list("pk", flat=True))
         if left:
@@ -347,13 +347,19 @@ class Walk:
         WorkflowEdge.objects.using(self._using).bulk_create(edges, batch_size=_BATCH)
         gates.filter(pk=end.pk).update(waiting_for=F("waiting_for") + len(edges))
 
-    def lock_gates(self) -> bool:
-        """Lock all gates that have not opened; return whether there are any."""
+    def lock_gates(self, *, waits: bool = True) -> bool:
+        """Lock all gates that have not opened; return whether there are any.
+
+        Args:
+            waits: If not, and somebody has locked one, say that there are none.
+        """
         gates = WorkflowGate.objects.using(self._using).filter(
             workflow=self._workflow, waiting_for__gt=0
         )
-        locked = gates.order_by("rank", "pk").select_for_update().values_list("pk")
-        return bool(list(locked))
+        skips = self._database.can_skip_locked and not waits
+        locked = gates.order_by("rank", "pk").select_for_update(skip_locked=skips)
+        count = len(list(locked.values_list("pk")))
+        return count > 0 and (not skips or count == gates.count())
 
     def _not_started(self, **conditions: Any) -> list[int]:
         steps = WorkflowStep.objects.using(self._using).filter(
@@ -423,7 +429,7 @@ def finish_stopping(workflow: int, *, using: str, waits: bool = True) -> None:
     Args:
         workflow: Its id.
         using: Database alias.
-        waits: Whether to wait for a step that another session has locked.
+        waits: Whether to wait for what another session has locked.
     """
     database = databases.of(using)
 
@@ -438,7 +444,8 @@ def finish_stopping(workflow: int, *, using: str, waits: bool = True) -> None:
             # Before the gates, as by who adds a step; that is whom they are mostly locked by.
             skips = database.can_skip_locked and not waits
             locked = rows.order_by("pk").select_for_update(skip_locked=skips)
-            Walk(workflow, using).cancel_rest(list(locked.values_list("pk", flat=True)))
+            ids = list(locked.values_list("pk", flat=True))
+            Walk(workflow, using).cancel_rest(ids, waits=waits)
 
     try:
         tried_again(work, using=using)

@@ -75,6 +75,7 @@ class Heartbeat(threading.Thread):
         # Not all consumers of a deploy at the same moment.
         self._next_sweep_at = monotonic() + lease_seconds * SWEEP_LEASES * random.random()  # noqa: S311 - no secret
         self._swept = ""
+        self._parts: list[Callable[..., object]] = []
         self._consumer = 0
         self._connection = KeptConnection(using, owner=lambda: self._consumer)
         self._renewed_at = awake_seconds()
@@ -128,22 +129,24 @@ class Heartbeat(threading.Thread):
         self._sweep()
 
     def _sweep(self) -> None:
+        """Sweep a part in each turn: it may meet locks, and the next heartbeat waits for it."""
         if monotonic() >= self._next_sweep_at:
             self._next_sweep_at = monotonic() + self._lease_seconds * SWEEP_LEASES
-            for sweep in (self._sweep_lines, self._sweep_workflows, events.sweep, tallies.sweep):
-                try:
-                    sweep(using=self._using)
-                except Error as error:
-                    # What one finds locked keeps none from looking; there is a next time.
-                    if not databases.of(self._using).is_conflict(error):
-                        raise
-                    logger.info("A sweep met a lock of another session: %s", error)
+            self._parts = [self._sweep_lines, self._sweep_workflows, events.sweep, tallies.sweep]
+        if not self._parts:
+            return
+        try:
+            self._parts.pop(0)(using=self._using)
+        except Error as error:
+            # There is a next time.
+            if not databases.of(self._using).is_conflict(error):
+                raise
+            logger.info("A sweep met a lock of another session: %s", error)
 
     def _sweep_lines(self, *, using: str) -> None:
         self._swept = admission.sweep(self._swept, using=using)
 
     def _sweep_workflows(self, *, using: str) -> None:
-        # Each may wait for a lock, and the next heartbeat for all of them.
         rebuilding.sweep(using=using, seconds=self._interval_seconds / 4)
 
     def _rescue_the_dead(self, consumer: int) -> None:

@@ -254,6 +254,11 @@ def settle(settlement: Settlement, *, using: str, consumer: int | None) -> None:
     reach("settled")
 
 
+def write_alone(settlement: Settlement, *, using: str) -> None:
+    """Write that a row has ended, and nothing that follows from it: the last resort."""
+    _write(settlement, using)
+
+
 def settle_many(
     settlements: Sequence[Settlement], *, using: str, consumer: int | None
 ) -> list[Settlement]:

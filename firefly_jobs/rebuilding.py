@@ -65,6 +65,7 @@ def _retry_failed(workflow: int, using: str) -> int:
         ]
         for start in range(0, len(again), _BATCH):
             _revive(again[start : start + _BATCH], workflow, using)
+        # All others have ended.
         _hold_the_end(steps.exclude(task__status__in=_ENDED), workflow, using)
         _replace_last_calls(row, using)
         WorkflowModel.objects.using(using).filter(pk=workflow).update(
@@ -157,7 +158,7 @@ def _hold_the_end(revived: QuerySet[WorkflowStep], workflow: int, using: str) ->
     for source, gate in edges.filter(source__in=gates).values_list("source", "gate"):
         before[gate].append(source)
     # Gates that open late enough: one who runs again waits there, or the end does.
-    late = {end.pk, *revived.filter(gate__isnull=False).values_list("gate", flat=True)}
+    late = {end.pk, *revived.filter(gate__isnull=False).values_list("gate", flat=True).distinct()}
     found = list(late)
     while found:
         further = [gate for gate in before[found.pop()] if gate not in late]
@@ -171,7 +172,7 @@ def _hold_the_end(revived: QuerySet[WorkflowStep], workflow: int, using: str) ->
     edges.bulk_create(
         [WorkflowEdge(step_id=pk, gate=end, when=When.ENDED) for pk in ids], batch_size=_BATCH
     )
-    # Their rows name the one gate behind them, and now there are two.
+    # Their rows may name one gate that is behind them, and there is another one now.
     for start in range(0, len(ids), _BATCH):
         rows = TaskModel.objects.using(using).filter(
             pk__in=ids[start : start + _BATCH], status=Status.BLOCKED

@@ -5,13 +5,14 @@ Calls that touched no database are completed many at a time, in one statement, a
 written with their history, those that are here together in one transaction.  What could
 not be written because the database was away stays here and is written on a fresh
 connection; what happened to it meanwhile, the fence tells.  An outcome whose row another
-session has locked steps aside for those behind it.
+session has locked steps aside for those behind it; so does one that raises something else,
+some times, and then it is forgotten.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
@@ -58,6 +59,8 @@ class Settler:
         # Keys of what the current batch has not written yet.
         self._unsettled: set[tuple[int, int]] = set()
         self._aside: list[Outcome] = []
+        # Of those that were no database's fault.
+        self._tries: Counter[tuple[int, int]] = Counter()
         self._aside_until = 0.0
         self._aside_pause = _ASIDE_SECONDS_MIN
         self.is_urgent = False
@@ -105,52 +108,77 @@ class Settler:
         if self._aside and (is_last or monotonic() >= self._aside_until):
             self._outcomes.extendleft(reversed(self._aside))
             self._aside = []
-        locks = 0
+        locks, is_careful = 0, False
         while self._outcomes:
             batch = self._next_batch()
             try:
                 self._settle_batch(batch, consumer)
             except BaseException as error:
                 self._put_back(batch)
-                if self._database.is_busy(error) or not isinstance(error, Exception):
+                if self._database.is_busy(error):
                     raise
-                if not isinstance(error, Error) and self._unsettled:
-                    # The database is well.  Of whichever outcome that is, others are not.
-                    logger.exception("An outcome could not be stored")
-                elif not self._database.is_conflict(error):
+                if self._is_defect(error):
+                    self._limit, is_careful = 1, True
+                    if len(batch) == 1:
+                        self._put_off(self._outcomes.popleft(), error)
+                    continue
+                if not self._database.is_conflict(error):
                     # It may have been the batch that broke the connection, by its length.
                     self._limit = max(len(batch) // 2, 1)
                     self._failures += 1
                     raise
                 locks += 1
-                self._let_others_pass(batch, locks, error)
+                self._yield_to_lock(batch, locks)
             else:
                 self._failures = 0
-                self._limit = 1 if locks else BATCH_SIZE
+                self._limit = 1 if locks or is_careful else BATCH_SIZE
         self._limit = BATCH_SIZE
         if not self._aside:
             self._aside_pause = _ASIDE_SECONDS_MIN
+            self._tries.clear()
 
     def _put_back(self, batch: list[Outcome]) -> None:
         self._outcomes.extendleft(
             outcome for outcome in reversed(batch) if outcome.claim.key in self._unsettled
         )
 
-    def _let_others_pass(self, batch: list[Outcome], locks: int, error: Exception) -> None:
-        """Find out which outcome cannot be stored now, and let those behind it pass."""
-        self._limit = 1
-        if locks <= _LOCKS_MAX and len(batch) > 1:
+    def _is_defect(self, error: BaseException) -> bool:
+        """Whether it is not the database that did not take something of the current batch."""
+        return (
+            isinstance(error, Exception) and not isinstance(error, Error) and bool(self._unsettled)
+        )
+
+    def _put_off(self, outcome: Outcome, error: BaseException) -> None:
+        """Let the others pass an outcome that could not be stored; after some tries, give up."""
+        claim, kind = outcome.claim, type(error).__name__
+        self._tries[claim.key] += 1
+        if self._tries[claim.key] < _TRIES_MAX:
+            self._set_aside([outcome], f"that of task {claim.id} raised {kind}")
             return
+        del self._tries[claim.key]
+        try:
+            # A row that has ended is mended by sweeps; one that is left as it is runs again.
+            lifecycle.write_alone(_broken(outcome, error), using=self._using)
+        except Exception:
+            logger.exception("The end of task %s cannot be written", claim.id)
+        logger.error("Gave up what follows from the end of task %s: it raised %s", claim.id, kind)
+        self._on_settled(claim, None)
+
+    def _yield_to_lock(self, batch: list[Outcome], locks: int) -> None:
+        """Find out whose row another session has locked, and let those behind it pass."""
+        self._limit = 1
+        count = len(self._outcomes) if locks > _LOCKS_MAX else len(batch)
+        if locks > _LOCKS_MAX or len(batch) == 1:
+            passed = [self._outcomes.popleft() for _ in range(count)]
+            self._set_aside(passed, "another session has locked their rows")
+
+    def _set_aside(self, outcomes: list[Outcome], reason: str) -> None:
         if not self._aside:
-            reason = "another session has locked their rows"
-            if not isinstance(error, Error):
-                reason = f"storing one raised {type(error).__name__}"
             message = "Outcomes wait because %s; they are tried again in %.0fs"
             logger.warning(message, reason, self._aside_pause)
             self._aside_until = monotonic() + self._aside_pause
             self._aside_pause = min(self._aside_pause * 2, _ASIDE_SECONDS_MAX)
-        count = 1 if locks <= _LOCKS_MAX else len(self._outcomes)
-        self._aside += [self._outcomes.popleft() for _ in range(count)]
+        self._aside += outcomes
 
     def _next_batch(self) -> list[Outcome]:
         batch = [self._outcomes.popleft()]
@@ -234,10 +262,7 @@ class Settler:
                 raise
             # What cannot be stored must not keep everything behind it from being settled.
             logger.exception("Settling task %s failed; storing the kind of error only", claim.id)
-            broken = replace(outcome, error=error, changes={}, decided=None)
-            settlement = decide(broken, max_rescues=0)
-            text = f"{type(error).__name__} while its outcome was stored"
-            settlement = replace(settlement, error=text, traceback="")
+            settlement = _broken(outcome, error)
             try:
                 lifecycle.settle(settlement, using=self._using, consumer=consumer)
             except LeaseLost as event:
@@ -268,3 +293,10 @@ class Settler:
         log_settled(settlement)
         messenger.settled(settlement, using=self._using, consumer=consumer)
         self._on_settled(settlement.claim, settlement)
+
+
+def _broken(outcome: Outcome, error: BaseException) -> Settlement:
+    """Return the failure in place of an outcome that cannot be stored."""
+    broken = replace(outcome, error=error, changes={}, decided=None)
+    text = f"{type(error).__name__} while its outcome was stored"
+    return replace(decide(broken, max_rescues=0), error=text, traceback="")

@@ -32,6 +32,7 @@ from tests.conformance.support import (
     schedule,
     second_connection,
 )
+from tests.support.threads import Concurrent
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -233,14 +234,40 @@ def test_an_outcome_that_can_never_be_stored_lets_the_others_pass(
         settler.flush(consumer=1)
 
     assert told == [rows[0].pk, rows[2].pk]
-    assert "Outcomes wait because storing one raised LookupError" in caplog.text
-    assert "An outcome could not be stored" in caplog.text
+    assert f"Outcomes wait because that of task {rows[1].pk} raised LookupError" in caplog.text
     assert "a defect" in caplog.text
 
     settler.flush(consumer=1, is_last=True)
 
     assert told == [rows[0].pk, rows[2].pk, rows[1].pk]
     assert set(TaskModel.objects.values_list("status", flat=True)) == {"failed"}
+
+
+@pytest.mark.parametrize("options", [{"burst": True}, {"max_tasks": 3}], ids=str)
+def test_an_outcome_that_can_never_be_stored_keeps_no_consumer_from_ending(
+    options, monkeypatch, caplog
+):
+    rows = [tasks.nothing.schedule() for _ in range(3)]
+    complete = lifecycle.complete_many
+
+    def stumble(completions, **words):
+        if any(item.id == rows[1].pk for item in completions):
+            raise LookupError("a defect")
+        return complete(completions, **words)
+
+    def never(settlement, **_):
+        raise LookupError(f"a defect of {settlement.claim.id}")
+
+    monkeypatch.setattr(lifecycle, "complete_many", stumble)
+    monkeypatch.setattr(lifecycle, "settle", never)
+    monkeypatch.setattr(settling, "_ASIDE_SECONDS_MIN", 0.01)
+
+    Concurrent(Consumer(**options).run).result(timeout_seconds=20)
+
+    assert f"Gave up what follows from the end of task {rows[1].pk}" in caplog.text
+    found = list(TaskModel.objects.order_by("pk").values_list("status", "error"))
+    text = "LookupError while its outcome was stored"
+    assert found == [("completed", ""), ("failed", text), ("completed", "")]
 
 
 def test_claim_is_held_until_it_is_known_who_settled_it(settler, told, monkeypatch):
