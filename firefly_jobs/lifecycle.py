@@ -38,7 +38,7 @@ from .fencing import claims_of, held, lease_lost
 from .history import note_withdrawn
 from .lines import Lines, lines_of, tried_again
 from .models import TaskAttempt, TaskModel, WorkflowModel, WorkflowStep
-from .states import TRANSITIONS, Status, WorkflowStatus
+from .states import TERMINAL, TRANSITIONS, Status, WorkflowStatus
 from .wakeup import announce, announce_ended
 
 logger = logging.getLogger("firefly_jobs")
@@ -470,16 +470,25 @@ def delete(ids: Sequence[int], *, using: str) -> int:
 
     Steps of a workflow stay until it has ended.
     """
-    connection = connections[using]
     database = databases.of(using)
-    with database.write_transaction(connection):
-        # Locked first, so that a row which a person just revived is not deleted.
-        ended = list(
-            TaskModel.objects.using(using)
-            .select_for_update(skip_locked=database.can_skip_locked)
-            .filter(pk__in=ids, status__in=[s for s in Status if s.is_terminal])
-            .exclude(workflow__in=_open_workflows(using))
-            .values_list("pk", flat=True)
-        )
-        TaskModel.objects.using(using).filter(pk__in=ended).delete()
-    return len(ended)
+    rows = TaskModel.objects.using(using).filter(pk__in=ids, status__in=TERMINAL)
+    asked = rows.filter(workflow__isnull=False).values_list("workflow", flat=True).distinct()
+    with database.own_transaction(connections[using]):
+        # All locked first, so that what a person just revived is not deleted.
+        busy = _busy_workflows([pk for pk in asked if pk is not None], using)
+        ended = rows.exclude(workflow__in=busy)
+        locked = ended.select_for_update(skip_locked=database.can_skip_locked)
+        found = list(locked.values_list("pk", flat=True))
+        TaskModel.objects.using(using).filter(pk__in=found, status__in=TERMINAL).delete()
+    return len(found)
+
+
+def _busy_workflows(ids: Sequence[int], using: str) -> set[int]:
+    """Lock those of some workflows that have ended, and return the others.
+
+    One that is about to run again is locked while its counters are set from its rows.
+    """
+    runs = WorkflowModel.objects.using(using).filter(pk__in=ids).order_by("pk")
+    skips = databases.of(using).can_skip_locked
+    ended = runs.exclude(status=WorkflowStatus.RUNNING).select_for_update(skip_locked=skips)
+    return set(runs.values_list("pk", flat=True)) - set(ended.values_list("pk", flat=True))

@@ -1461,6 +1461,22 @@ def test_what_is_withdrawn_takes_no_place_of_a_limit():
 
 
 @pytest.mark.server
+def test_nothing_is_deleted_of_a_workflow_while_it_is_about_to_run_again():
+    run = chain(call("a"), failing("b")).schedule()
+    run_burst()
+    done = TaskModel.objects.get(step__name="a")
+
+    with transaction.atomic():
+        run.retry_failed()
+        deleting = Concurrent(lambda: lifecycle.delete([done.pk], using="default"))
+        assert deleting.result(timeout_seconds=20) == 0
+
+    assert lifecycle.delete([done.pk], using="default") == 0
+    run_burst()
+    assert lifecycle.delete([done.pk], using="default") == 1
+
+
+@pytest.mark.server
 def test_a_sweep_waits_for_no_step_that_another_session_has_locked(caplog):
     runs = [group(call("a"), call("b")).schedule() for _ in range(2)]
     with mock.patch.object(Walk, "_lock_not_started", return_value=[]):
