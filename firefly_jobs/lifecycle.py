@@ -475,7 +475,7 @@ def delete(ids: Sequence[int], *, using: str) -> int:
     asked = rows.filter(workflow__isnull=False).values_list("workflow", flat=True).distinct()
     with database.own_transaction(connections[using]):
         # All locked first, so that what a person just revived is not deleted.
-        busy = _busy_workflows([pk for pk in asked if pk is not None], using)
+        busy = _busy_workflows(list(asked), using)
         ended = rows.exclude(workflow__in=busy)
         locked = ended.select_for_update(skip_locked=database.can_skip_locked)
         found = list(locked.values_list("pk", flat=True))
@@ -483,7 +483,7 @@ def delete(ids: Sequence[int], *, using: str) -> int:
     return len(found)
 
 
-def _busy_workflows(ids: Sequence[int], using: str) -> set[int]:
+def _busy_workflows(ids: Sequence[Any], using: str) -> set[int]:
     """Lock those of some workflows that have ended, and return the others.
 
     One that is about to run again is locked while its counters are set from its rows.
