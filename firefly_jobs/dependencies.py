@@ -295,8 +295,10 @@ class Walk:
         running = workflows.filter(status=WorkflowStatus.RUNNING)
         if workflows.values_list(Isolation(), flat=True).first() != "read-committed":
             # Steps and gates would be looked at as they were when this transaction began.
-            finish_later([self._workflow], using=self._using)
-            return running.update(is_cancelled=True) > 0
+            is_running = running.update(is_cancelled=True) > 0
+            if is_running:
+                finish_later([self._workflow], using=self._using)
+            return is_running
         if not self.lock_gates() or not running.update(is_cancelled=True):
             return False
         self._cut_all_short(self._not_started(), f"cancelled: {WORKFLOW_CANCELLED}")

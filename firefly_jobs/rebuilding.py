@@ -99,8 +99,10 @@ def sweep(*, using: str, seconds: float | None = None) -> int:
             break
         if workflow in ends:
             finish_stopping(workflow, using=using, waits=False)
+        if workflow not in stand:
+            continue
         try:
-            count += workflow in stand and _let_go_on(workflow, still, using)
+            count += _let_go_on(workflow, still, using)
         except Error as error:
             if not databases.of(using).is_conflict(error):
                 raise

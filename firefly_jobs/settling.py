@@ -5,8 +5,8 @@ Calls that touched no database are completed many at a time, in one statement, a
 written with their history, those that are here together in one transaction.  What could
 not be written because the database was away stays here and is written on a fresh
 connection; what happened to it meanwhile, the fence tells.  An outcome whose row another
-session has locked steps aside for those behind it; so does one that raises something else,
-some times, and then it is forgotten.
+session has locked steps aside for those behind it; so does one of which something else is
+wrong, until its row is written as failed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Settler:
         # Keys of what the current batch has not written yet.
         self._unsettled: set[tuple[int, int]] = set()
         self._aside: list[Outcome] = []
-        # Of those that were no database's fault.
+        # How often outcomes were tried that raised something which is no database error.
         self._tries: Counter[tuple[int, int]] = Counter()
         self._aside_until = 0.0
         self._aside_pause = _ASIDE_SECONDS_MIN
